@@ -1,0 +1,161 @@
+"""The `ga_*` options, their checks, and what LoRA-GA asks of a `LoraConfig`."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import get_args
+
+from peft import LoraConfig
+from trl import SFTConfig
+
+from .factors import Direction, Scale
+
+ESTIMATORS = ("sketch", "exact")
+
+
+@dataclass
+class LoRAGAArguments:
+    """The options of the LoRA-GA initialization (arXiv 2407.05000). `LoRAGASFTConfig` adds them to TRL's `SFTConfig`.
+
+    Parameters:
+        ga_num_samples (`int`, *optional*, defaults to `64`):
+            How many training examples the gradient is averaged over.
+        ga_batch_size (`int`, *optional*):
+            Examples per forward and backward while estimating. Defaults to the training batch size per device. Changes
+            speed and memory only: the gradient is the token-weighted mean however the examples are batched.
+        ga_estimator (`str`, *optional*, defaults to `"sketch"`):
+            `"sketch"` keeps K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
+            small that the sketch would be the larger of the two is always estimated exactly.)
+        ga_sketch_passes (`int`, *optional*, defaults to `3`):
+            How often the sketch goes over the same examples. More passes, closer to the exact singular vectors.
+        ga_sketch_size (`int`, *optional*):
+            K, the width of the sketch; at least 2·r. Defaults to 2·r + 48 for each layer's own rank r.
+        ga_direction (`str`, *optional*, defaults to `"ArB2r"`):
+            Which of the first 2·r singular vectors go to A (V) and to B (U): `"ArB2r"` A the first r and B the next r,
+            `"A2rBr"` the reverse, `"ArBr"` A the odd and B the even ones (counted from 0), `"random"` two disjoint
+            random sets.
+        ga_scale (`str`, *optional*, defaults to `"stable"`):
+            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ, `"unit"` 1, `"gd"` 1/s,
+            `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight.
+        ga_gamma (`float`, *optional*, defaults to `16.0`):
+            γ of the `stable` scale. Larger values start from smaller factors.
+        ga_seed (`int`, *optional*, defaults to `42`):
+            Draws the examples, the sketch's test matrices and the `random` direction. Independent of `seed`.
+
+    Raises:
+        ValueError: a value is out of its range. The message tells the value, the rule and the remedy.
+    """
+
+    ga_num_samples: int = field(
+        default=64, metadata={"help": "How many training examples the LoRA-GA gradient is averaged over."}
+    )
+    ga_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per forward and backward while estimating. Default: the training batch size."},
+    )
+    ga_estimator: str = field(
+        default="sketch",
+        metadata={"help": "`sketch` keeps K·(O+I) numbers for an O×I weight, `exact` the full fp32 gradient."},
+    )
+    ga_sketch_passes: int = field(
+        default=3, metadata={"help": "How often the sketch goes over the same examples. More is closer to exact."}
+    )
+    ga_sketch_size: int | None = field(
+        default=None, metadata={"help": "K, the width of the sketch, at least 2r. Default: 2r + 48."}
+    )
+    ga_direction: str = field(
+        default="ArB2r",
+        metadata={"help": "Which singular vectors go to A and B: `ArB2r`, `A2rBr`, `ArBr` or `random`."},
+    )
+    ga_scale: str = field(
+        default="stable",
+        metadata={"help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, or `weight_svd`."},
+    )
+    ga_gamma: float = field(
+        default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
+    )
+    ga_seed: int = field(
+        default=42, metadata={"help": "Draws the examples, the sketch's test matrices and the `random` direction."}
+    )
+
+    def __post_init__(self):
+        self._check_integer("ga_num_samples", minimum=1, remedy="64 is the default, 16 a quick start")
+        self._check_integer("ga_batch_size", minimum=1, optional=True, remedy="leave it out to use the training batch size")
+        self._check_integer("ga_sketch_passes", minimum=1, remedy="3 is the default, 1 the fastest")
+        self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 48")
+        self._check_integer("ga_seed", minimum=0, remedy="42 is the default")
+        self._check_choice("ga_estimator", ESTIMATORS)
+        self._check_choice("ga_direction", get_args(Direction))
+        self._check_choice("ga_scale", get_args(Scale))
+        gamma = self.ga_gamma
+        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
+            raise ValueError(f"`ga_gamma` is {gamma!r}, but must be a finite number above 0. 16.0 is the default.")
+
+    def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least {minimum}; {remedy}.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass
+class LoRAGASFTConfig(LoRAGAArguments, SFTConfig):
+    """TRL's `SFTConfig` and the `ga_*` fields of `LoRAGAArguments`; all of them work in YAML and on the command line.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `SFTConfig` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        SFTConfig.__post_init__(self)
+
+
+def paper_lora_config() -> LoraConfig:
+    """The paper's adapter (section 4.1): r 8, α 16, rsLoRA scaling, every linear layer but the head."""
+    return LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+OTHER_METHODS = {
+    "use_dora": "DoRA trains a magnitude beside A and B",
+    "use_qalora": "QALoRA pools the input before A",
+    "use_bdlora": "BD-LoRA makes the factors block-diagonal",
+    "alora_invocation_tokens": "aLoRA switches the adapter on per token",
+    "arrow_config": "Arrow routes between adapters",
+    "velora_config": "VeLoRA compresses the activations that the gradient needs",
+    "monteclora_config": "MonteCLoRA samples the factors",
+    "kasa_config": "KaSA adds singular values to the factors",
+    "target_parameters": "parameters outside of linear layers have no input that the probe could see",
+    "megatron_config": "Megatron's parallel layers split the factors",
+}
+"""Fields of `LoraConfig` that change what an adapter computes, so that LoRA-GA's factors would mean something else."""
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuse a `LoraConfig` that asks for another initialization or another kind of adapter.
+
+    Raises:
+        ValueError: naming the field, its value and what to do.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"`peft_config` is a {type(config).__name__}, but LoRA-GA initializes LoRA adapters: pass a `LoraConfig`, or "
+            "leave it out for the paper's (r 8, α 16, rsLoRA, all linear layers)."
+        )
+    if config.init_lora_weights is not True:
+        raise ValueError(
+            f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
+            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own `SFTTrainer`."
+        )
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name in OTHER_METHODS and value:
+            raise ValueError(
+                f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
+                f"Leave out `{option.name}`, or use TRL's own `SFTTrainer`."
+            )

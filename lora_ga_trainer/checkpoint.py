@@ -1,0 +1,230 @@
+"""Files: an adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be taken up again exactly.
+
+    adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base
+    adapter_config.json         r doubled, lora_alpha such that the scaling stays the same
+    lora_ga.safetensors         A0 (R×I) per layer: dA, dB and B0 are in the adapter file as they are, A0 is not
+    lora_ga.json                the options, the adapter's own r and alpha, alignment per layer, versions
+
+Shapes: O out features, I in features, R the rank that trains.
+"""
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ._version import __version__
+from .arguments import LoRAGAArguments
+from .delta import DeltaA, DeltaB, delta_layers
+from .report import InitReport
+
+FROZEN_FILE = "lora_ga.safetensors"
+STATE_FILE = "lora_ga.json"
+
+
+@dataclass
+class LoRAGAState:
+    """What `lora_ga.json` holds: enough to know whether a checkpoint belongs to a run. `peft_model.lora_ga` is one."""
+
+    adapter_name: str
+    lora: dict[str, Any]
+    """r, lora_alpha, use_rslora, rank_pattern and alpha_pattern of the adapter that trains."""
+    options: dict[str, Any]
+    """The `ga_*` options."""
+    report: InitReport | None
+    """None until the adapter has been initialized."""
+
+    @classmethod
+    def before_init(cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments) -> "LoRAGAState":
+        lora = {
+            name: copy.copy(getattr(lora_config, name))
+            for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        }
+        options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
+        return cls(adapter_name, lora, options, report=None)
+
+
+def portable_config(lora_config: LoraConfig) -> LoraConfig:
+    """The `LoraConfig` of the saved file: rank 2R, the same scaling s.
+
+    s = α/√r with rsLoRA and α/r without, so doubling r takes α·√2 and α·2.
+    """
+    portable = copy.deepcopy(lora_config)
+    factor = math.sqrt(2) if lora_config.use_rslora else 2
+    portable.r *= 2
+    portable.lora_alpha *= factor
+    portable.rank_pattern = {name: 2 * rank for name, rank in portable.rank_pattern.items()}
+    portable.alpha_pattern = {name: factor * alpha for name, alpha in portable.alpha_pattern.items()}
+    return portable
+
+
+def portable_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with the two halves of each delta-form matrix joined into the one rank-2R `weight` that PEFT reads."""
+    portable = {}
+    for key, value in state_dict.items():
+        module, _, half = key.rpartition(".")
+        if ".lora_A." in key and half == "trainable":
+            portable[f"{module}.weight"] = DeltaA.join(value, state_dict[f"{module}.frozen"])
+        elif ".lora_B." in key and half == "trainable":
+            portable[f"{module}.weight"] = DeltaB.join(value, state_dict[f"{module}.frozen"])
+        elif not ((".lora_A." in key or ".lora_B." in key) and half == "frozen"):
+            portable[key] = value
+    return portable
+
+
+def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
+    """Have `peft_model.save_pretrained`, which `Trainer` and `push_to_hub` call too, write the files above.
+
+    Bound to the instance: PEFT offers no hook for an adapter's own file form.
+    """
+    peft_model.lora_ga = state
+    peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
+
+
+def save_pretrained(
+    peft_model: PeftModel,
+    save_directory: str,
+    *args: Any,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
+    """`PeftModel.save_pretrained` for a model with an adapter in delta form; same arguments.
+
+    Raises:
+        ValueError: the adapter has not been initialized yet, so that there is nothing worth saving.
+    """
+    state = peft_model.lora_ga
+    if state.report is None:
+        raise ValueError(
+            f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so saving it would write zeros. "
+            "Call `trainer.train()` or `initialize_lora_ga(...)` first."
+        )
+    native = peft_model.state_dict() if state_dict is None else state_dict
+    lora_config = peft_model.peft_config[state.adapter_name]
+    try:
+        peft_model.peft_config[state.adapter_name] = portable_config(lora_config)
+        type(peft_model).save_pretrained(
+            peft_model,
+            save_directory,
+            *args,
+            state_dict=portable_state_dict(native),
+            is_main_process=is_main_process,
+            **kwargs,
+        )
+    finally:
+        peft_model.peft_config[state.adapter_name] = lora_config
+    if is_main_process:
+        directory = adapter_directory(save_directory, state.adapter_name)
+        if directory.is_dir():  # else `selected_adapters` left this one out
+            write_state(directory, state, frozen_factors(native, state.adapter_name))
+
+
+def adapter_directory(save_directory: str, adapter_name: str) -> Path:
+    """Where PEFT puts the files of an adapter: adapters not named "default" go to a folder of their own."""
+    return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
+
+
+def frozen_factors(native_state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A0 (R×I) per layer, under the layer's module name."""
+    suffix = f".lora_A.{adapter_name}.frozen"
+    return {
+        key.removesuffix(suffix): value.contiguous() for key, value in native_state_dict.items() if key.endswith(suffix)
+    }
+
+
+def write_state(directory: Path, state: LoRAGAState, frozen: dict[str, Tensor]) -> None:
+    """Write `lora_ga.safetensors` and `lora_ga.json` beside the adapter's files."""
+    save_file(frozen, directory / FROZEN_FILE, metadata={"format": "pt"})
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
+    document = asdict(state) | {"versions": {"lora_ga_trainer": __version__} | versions}
+    (directory / STATE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(directory: Path) -> LoRAGAState:
+    """The state that `write_state` wrote.
+
+    Raises:
+        ValueError: the file is missing or is none of ours.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} has no {STATE_FILE}, so it is no checkpoint of a LoRA-GA run and its two halves cannot be told "
+            "apart. Resume from a `checkpoint-N` that a LoRA-GA trainer wrote."
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document.pop("versions")
+        return LoRAGAState(**document | {"report": InitReport(**document["report"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from where it came."
+        ) from error
+
+
+def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
+    """The state saved in `directory`, if it was made with the LoRA and `ga_*` settings of `state`.
+
+    Raises:
+        ValueError: naming the first setting that differs, with both values.
+    """
+    saved = read_state(directory)
+    for group in ("lora", "options"):
+        ours, theirs = getattr(state, group), getattr(saved, group)
+        for name in ours:
+            if ours[name] != theirs.get(name):
+                raise ValueError(
+                    f"`{name}` is {ours[name]!r}, but the checkpoint {directory} was made with {theirs.get(name)!r}. Resume "
+                    "with the settings of the checkpoint, or start a new run in another `output_dir`."
+                )
+    return saved
+
+
+def read_frozen(peft_model: PeftModel, directory: Path) -> dict[str, Tensor]:
+    """A0 (R×I) per layer from `directory`, checked against the adapter of `peft_model`.
+
+    Raises:
+        ValueError: the file is missing or damaged, or its layers or shapes are not those of the model.
+    """
+    path = directory / FROZEN_FILE
+    try:
+        frozen = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), and resuming needs the A0 in it. Resume from another checkpoint, or copy "
+            "the file again from where it came."
+        ) from error
+    adapter_name = peft_model.lora_ga.adapter_name
+    expected = {
+        name: layer.lora_A[adapter_name].frozen.shape for name, layer in delta_layers(peft_model, adapter_name).items()
+    }
+    found = {name: value.shape for name, value in frozen.items()}
+    if found != expected:
+        name = next(iter(name for name in expected | found if expected.get(name) != found.get(name)))
+        raise ValueError(
+            f"{path} does not fit this model: for {name} it holds {found.get(name)}, the model needs {expected.get(name)}. "
+            "Resume with the base model and the `LoraConfig` of the checkpoint."
+        )
+    return frozen
+
+
+def restore_frozen(peft_model: PeftModel, frozen: dict[str, Tensor], report: InitReport) -> None:
+    """Put the exact A0 back after the adapter file has been loaded, which gives A0 to one rounding only."""
+    adapter_name = peft_model.lora_ga.adapter_name
+    with torch.no_grad():
+        for name, layer in delta_layers(peft_model, adapter_name).items():
+            layer.lora_A[adapter_name].frozen.copy_(frozen[name])
+    peft_model.lora_ga.report = report

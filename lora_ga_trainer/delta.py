@@ -1,0 +1,177 @@
+"""The delta form of LoRA-GA: the two modules that take the place of `lora_A` and `lora_B` in a PEFT layer.
+
+The paper starts from y = W0 x + s·(B A − B0 A0) x at A = A0, B = B0, by subtracting s·B0 A0 from W0. We never touch W0.
+With the differences dA = A − A0 and dB = B − B0, which alone are trained, the same function is
+
+    y = W0 x + s·(dB (A0 + dA) + B0 dA) x = W0 x + s · [dB, B0] · [A0 + dA; dA] · x
+
+one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision. PEFT's layers only ever call
+`lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right.
+
+Shapes: O out features, I in features, R the rank that trains.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class DeltaHalf(nn.Module):
+    """What DeltaA and DeltaB share: a trainable difference, zero at the start, and a frozen initial factor.
+
+    `trainable` is the parameter that PEFT made, set to zero, so that an optimizer which already holds it keeps working.
+    `frozen` is zero until it is estimated; it has the same dtype and device.
+    """
+
+    def __init__(self, trainable: nn.Parameter):
+        super().__init__()
+        with torch.no_grad():
+            trainable.zero_()
+        self.trainable = trainable
+        self.frozen = nn.Parameter(torch.zeros_like(trainable), requires_grad=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DeltaHalf":
+        """PEFT switches whole adapters on and off with this (`set_adapter`, `disable_adapter`); `frozen` stays frozen."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and parameter is not self.frozen)
+        return self
+
+    @staticmethod
+    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
+        """The rank-2R matrix that PEFT, and the saved file, see."""
+        raise NotImplementedError
+
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`: (trainable, frozen)."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        return self.join(self.trainable, self.frozen)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Also accept the saved form, one rank-2R `weight`. nn.Module would ignore it under PEFT's `strict=False`."""
+        if f"{prefix}weight" in state_dict:
+            halves = self.split(state_dict.pop(f"{prefix}weight"))
+            state_dict[f"{prefix}trainable"], state_dict[f"{prefix}frozen"] = halves
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class DeltaA(DeltaHalf):
+    """Takes the place of `lora_A`: weight [A0 + dA; dA] (2R×I), with dA = `trainable` and A0 = `frozen` (R×I)."""
+
+    @staticmethod
+    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
+        return torch.cat([frozen + trainable, trainable], dim=0)
+
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """dA is exact; A0 comes out as (A0 + dA) − dA, to one rounding: `checkpoint` keeps the exact A0 beside it."""
+        upper_RI, trainable_RI = weight.chunk(2, dim=0)
+        return trainable_RI, upper_RI - trainable_RI
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class DeltaB(DeltaHalf):
+    """Takes the place of `lora_B`: weight [dB, B0] (O×2R), with dB = `trainable` and B0 = `frozen` (O×R).
+
+    `bias` (O) is that of `LoraConfig(lora_bias=True)`, else None; it trains as in any LoRA.
+    """
+
+    def __init__(self, trainable: nn.Parameter, bias: nn.Parameter | None):
+        super().__init__(trainable)
+        self.bias = bias
+
+    @staticmethod
+    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
+        return torch.cat([trainable, frozen], dim=1)
+
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        trainable_OR, frozen_OR = weight.chunk(2, dim=1)
+        return trainable_OR, frozen_OR
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The PEFT layers of `model` whose adapter `adapter_name` is in delta form, by module name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and adapter_name in module.lora_A
+        and isinstance(module.lora_A[adapter_name], DeltaA)
+    }
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The PEFT layers of `model` that `adapter_name` targets, of whatever kind, by module name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
+    }
+
+
+def attach_delta_form(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Bring the LoRA adapter `adapter_name` into delta form, in place. The model still computes the base function.
+
+    Do this before `accelerator.prepare` and before anything is trained: A's random values are dropped, B must be zero.
+
+    Returns:
+        the adapted layers by module name.
+
+    Raises:
+        ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
+            side of a layer, or has already been trained (B is not zero). The model is left as it was.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    if not layers:
+        raise ValueError(
+            f"The adapter {adapter_name!r} targets no layer. LoRA-GA needs LoRA layers to initialize: set "
+            '`LoraConfig(target_modules=...)`, for example "all-linear".'
+        )
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name)
+    for layer in layers.values():
+        layer.lora_A[adapter_name] = DeltaA(layer.lora_A[adapter_name].weight)
+        lora_B = layer.lora_B[adapter_name]
+        layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+    return layers
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+        raise ValueError(
+            f"LoRA-GA cannot initialize {name} ({type(layer).__name__}): it needs the gradient of a weight that "
+            "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
+            "`exclude_modules`; `modules_to_save` trains it fully."
+        )
+    rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
+    if rank > largest:
+        raise ValueError(
+            f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
+            f"singular vectors of its gradient, so r can be {largest} at most. Lower `r`, or set "
+            f"`rank_pattern={{{name.split('.')[-1]!r}: {largest}}}` for this layer, or exclude it."
+        )
+    if layer.lora_B[adapter_name].weight.any():
+        raise ValueError(
+            f"The adapter {adapter_name!r} has already been trained: B of {name} is not zero, and LoRA-GA would discard "
+            "it. Start from a fresh adapter (pass the base model and a `peft_config`), or merge this one first "
+            "(`model = model.merge_and_unload()`)."
+        )
+
+
+def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tensor) -> None:
+    """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init."""
+    with torch.no_grad():
+        layer.lora_A[adapter_name].frozen.copy_(a_RI)
+        layer.lora_B[adapter_name].frozen.copy_(b_OR)

@@ -1,0 +1,129 @@
+"""The gradient probe: see the gradient of every adapted weight while the model runs, and leave no trace.
+
+For y = W x the gradient of a loss L is ∂L/∂W = Σ dyᵀ x over tokens. The probe hands (x, dy) of each layer to that
+layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized.
+
+Shapes: O out features, I in features, T tokens.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
+"""Float attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
+`layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward hands (x, dy) to `receive`.
+
+    x is kept with `save_for_backward`, not in a closure, so that gradient checkpointing, reentrant or not, drops and
+    recomputes it like every other activation. `anchor` requires a gradient: it makes backward reach the tap although
+    every parameter is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors
+        ctx.receive(x, dy)
+        return dy, None, None, None
+
+
+@contextmanager
+def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+    """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in float32.
+
+    dy is the gradient at the output of the whole PEFT layer. With the adapter at zero, that is the output of W.
+    """
+    anchor = torch.zeros((), requires_grad=True)
+
+    def tap(receive: Callable[[Tensor, Tensor], None]):
+        def receive_2d(x: Tensor, dy: Tensor) -> None:
+            with torch.autocast(dy.device.type, enabled=False):
+                receive(x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float())
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return _Tap.apply(output, args[0].detach(), anchor, receive_2d)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, receive in receivers.items():
+            stack.callback(layers[name].register_forward_hook(tap(receive)).remove)
+        yield
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """While inside, no parameter requires a gradient, so backward writes none."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
+    """While inside, the model is in training mode (gradient checkpointing works in no other) but drops nothing out."""
+    modes = {module: module.training for module in model.modules()}
+    noise = [
+        (module, name, value)
+        for module in modes
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+        and (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd) or any(n in name for n in NOISE_ATTRIBUTES))
+    ]
+    try:
+        model.train()
+        for module, name, _ in noise:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in noise:
+            setattr(module, name, value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Whatever is drawn inside, the random states of Python, NumPy and torch (CPU and accelerator) come out unchanged."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def gradient_probe(
+    model: nn.Module, layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]
+) -> Iterator[None]:
+    """All of the above at once; everything they touch is restored on the way out, after an error too.
+
+    Args:
+        model: the module that runs (not its DDP or DeepSpeed wrapper), its LoRA-GA adapter at zero.
+        layers: the adapted layers by name.
+        receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), float32.
+    """
+    with preserved_rng(), noise_free_training_mode(model), frozen_parameters(model), tapped(layers, receivers):
+        yield

@@ -1,0 +1,52 @@
+"""What an initialization found and what it took."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Result of `initialize_lora_ga`.
+
+    Attributes:
+        alignment: for each adapted layer by module name, cos(G, B0 B0ᵀ G + G A0ᵀ A0) in [0, 1]: how much of the gradient
+            the first step of the adapter can follow. With the sketch, ‖G‖ in it is an estimate.
+        num_items: label tokens that the gradient was averaged over.
+        seconds: wall time of the estimation and factorization.
+        extra_peak_bytes: peak memory in use minus memory in use before, activations included; None where it cannot be
+            measured.
+    """
+
+    alignment: dict[str, float]
+    num_items: int
+    seconds: float
+    extra_peak_bytes: int | None
+
+    @property
+    def alignment_mean(self) -> float:
+        return sum(self.alignment.values()) / len(self.alignment)
+
+    @property
+    def alignment_min(self) -> float:
+        return self.alignment[self.alignment_min_layer]
+
+    @property
+    def alignment_min_layer(self) -> str:
+        return min(self.alignment, key=self.alignment.__getitem__)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        memory = "peak memory not measured here" if self.extra_peak_bytes is None else f"{self.extra_peak_bytes / 2**20:,.0f} MiB extra at the peak"
+        return (
+            f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} tokens in {self.seconds:.1f} s, "
+            f"{memory}. Alignment with the full gradient: mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} "
+            f"({self.alignment_min_layer})."
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The same for a logger."""
+        metrics = {
+            "ga/alignment_mean": self.alignment_mean,
+            "ga/alignment_min": self.alignment_min,
+            "ga/init_seconds": self.seconds,
+        }
+        return metrics if self.extra_peak_bytes is None else metrics | {"ga/init_bytes": self.extra_peak_bytes}
