@@ -1,0 +1,73 @@
+"""LoRA-GA as the paper writes it, slow and dense, sharing no code with the package: what the tests compare with.
+
+Everything in float64. O out features, I in features, R rank.
+"""
+
+import math
+
+import torch
+
+
+def singular_vectors(grad_OI):
+    u, s, vt = torch.linalg.svd(grad_OI.double(), full_matrices=False)
+    return u, s, vt.T
+
+
+def scale(name, *, out_features, rank, scaling, gamma, weight_OI):
+    if name == "stable":
+        return out_features ** (1 / 4) / math.sqrt(gamma)
+    if name == "unit":
+        return 1.0
+    if name == "gd":
+        return 1 / scaling
+    if name == "weight_svd":
+        sigma = torch.linalg.svdvals(weight_OI.double())
+        return sum(math.sqrt(sigma[i] / scaling) for i in range(rank)) / rank
+    raise KeyError(name)
+
+
+def factors(grad_OI, rank, direction, c):
+    """(A0, B0) of the paper for the deterministic directions, each singular pair up to its sign."""
+    u, _, v = singular_vectors(grad_OI)
+    first, second = range(rank), range(rank, 2 * rank)
+    a_columns, b_columns = {
+        "ArB2r": (first, second),
+        "A2rBr": (second, first),
+        "ArBr": ([2 * i + 1 for i in range(rank)], [2 * i for i in range(rank)]),
+    }[direction]
+    a = torch.stack([c * v[:, i] for i in a_columns])
+    b = torch.stack([c * u[:, i] for i in b_columns], dim=1)
+    return a, b
+
+
+def alignment(grad_OI, a_RI, b_OR):
+    """cos(G, B0 B0ᵀ G + G A0ᵀ A0), entry by entry."""
+    grad, a, b = grad_OI.double(), a_RI.double(), b_OR.double()
+    step = b @ b.T @ grad + grad @ a.T @ a
+    return ((grad * step).sum() / (grad.norm() * step.norm())).item()
+
+
+def forward(weight_OI, x_TI, scaling, a_RI, b_OR, a0_RI, b0_OR):
+    """y = W0 x + s (B A − B0 A0) x, the paper's function with its offset."""
+    return x_TI @ (weight_OI + scaling * (b_OR @ a_RI - b0_OR @ a0_RI)).T
+
+
+def weight_gradient(named_weights, losses):
+    """∂(Σ losses)/∂W by autograd on the weights themselves; `named_weights` maps a name to (weight, transposed?)."""
+    grads = torch.autograd.grad(sum(losses), [weight for weight, _ in named_weights.values()])
+    return {
+        name: grad.T if transposed else grad
+        for (name, (_, transposed)), grad in zip(named_weights.items(), grads, strict=True)
+    }
+
+
+def token_mean_loss(logits_BTV, labels_BT, num_tokens):
+    """Negative log-likelihood of the label tokens, token by token, over `num_tokens`."""
+    log_probs = torch.log_softmax(logits_BTV.float(), dim=-1)
+    total = 0.0
+    for row in range(labels_BT.shape[0]):
+        for position in range(1, labels_BT.shape[1]):
+            target = labels_BT[row, position].item()
+            if target != -100:
+                total = total - log_probs[row, position - 1, target]
+    return total / num_tokens

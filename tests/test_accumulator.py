@@ -1,0 +1,106 @@
+"""The accumulators, fed with activations and output gradients of a known G = Σ dyᵀ x."""
+
+import dense_reference
+import pytest
+import torch
+
+from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
+from lora_ga_trainer.factors import lora_ga_factors
+
+O, I, RANK = 96, 128, 4
+CPU = torch.device("cpu")
+
+
+def stream(tokens=400, seed=0):
+    """x, dy with a fast-falling spectrum and noise, like a real gradient's."""
+    generator = torch.Generator().manual_seed(seed)
+    strength = 0.8 ** torch.arange(tokens)
+    x = torch.randn(tokens, I, generator=generator) * strength[:, None]
+    return x, torch.randn(tokens, O, generator=generator)
+
+
+def run(accumulator, x, dy, split):
+    for _ in range(accumulator.passes):
+        for x_part, dy_part in zip(x.split(split), dy.split(split), strict=True):
+            accumulator.add(x_part, dy_part)
+        accumulator.end_pass()
+    return accumulator
+
+
+def exact_alignment(grad_OI, found):
+    """Alignment with the true gradient, not the one the sketch believes in."""
+    return dense_reference.alignment(grad_OI, found.a_RI, found.b_OR)
+
+
+def factors_of(accumulator):
+    return lora_ga_factors(accumulator.triplets(2 * RANK), RANK, "ArB2r", 1.0, torch.Generator())
+
+
+def test_exact_is_the_sum_over_tokens():
+    x, dy = stream()
+    accumulator = run(ExactGradient(O, I, CPU), x, dy, split=37)
+    reference = dy.double().T @ x.double()
+    # float32 sums of 400 terms: a few units in the last place of the largest entry
+    assert (accumulator.grad_OI - reference).abs().max() < 1e-5 * reference.abs().max()
+    triplets = accumulator.triplets(6)
+    u, s, v = dense_reference.singular_vectors(reference)
+    assert torch.allclose(triplets.s_K.double(), s[:6], rtol=1e-5)
+    assert triplets.gradient_norm == pytest.approx(reference.norm().item(), rel=1e-5)
+
+
+# Bounds for this spectrum and K = 24, with room for the draw: how far each number of passes falls short of exact.
+@pytest.mark.parametrize(("passes", "at_least"), [(1, 0.97), (2, 0.995), (3, 0.9995), (4, 0.9999)])
+def test_sketch_comes_near_the_exact_alignment(passes, at_least):
+    x, dy = stream()
+    grad_OI = dy.T @ x
+    exact = exact_alignment(grad_OI, factors_of(run(ExactGradient(O, I, CPU), x, dy, 400)))
+    for seed in range(5):
+        found = factors_of(run(GradientSketch(O, I, 24, passes, seed, CPU), x, dy, split=100))
+        assert exact_alignment(grad_OI, found) >= at_least * exact
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_sketch_knows_its_own_alignment(passes):
+    """The logged alignment uses an estimate of ‖G‖ from 8 held-out columns: 10 % here, 15 % from one pass."""
+    x, dy = stream()
+    found = factors_of(run(GradientSketch(O, I, 24, passes, 0, CPU), x, dy, split=100))
+    assert found.alignment == pytest.approx(exact_alignment(dy.T @ x, found), rel=0.15 if passes == 1 else 0.1)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_sketch_is_exact_on_a_gradient_of_low_rank(passes):
+    generator = torch.Generator().manual_seed(3)
+    x, dy = torch.randn(8, I, generator=generator), torch.randn(8, O, generator=generator)
+    triplets = run(GradientSketch(O, I, 24, passes, 0, CPU), x, dy, split=8).triplets(8)
+    grad_OI = (dy.T @ x).double()
+    rebuilt = triplets.u_OK.double() * triplets.s_K @ triplets.v_IK.double().T
+    # 8 of 24 directions hold all of G; the rest of the basis is rounding noise, 1e-7 times the condition of the sketch
+    assert (rebuilt - grad_OI).norm() < 1e-4 * grad_OI.norm()
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_sketch_does_not_depend_on_batching(passes):
+    x, dy = stream()
+    one = run(GradientSketch(O, I, 24, passes, 0, CPU), x, dy, split=400).triplets(2 * RANK)
+    many = run(GradientSketch(O, I, 24, passes, 0, CPU), x, dy, split=13).triplets(2 * RANK)
+    assert torch.allclose(one.s_K, many.s_K, rtol=1e-4)  # float32 sums in another order
+    overlap = (one.u_OK.T @ many.u_OK).diagonal().abs()
+    assert overlap.min() > 1 - 1e-4  # the same, through the gaps of the spectrum
+
+
+def test_sketch_keeps_no_more_than_it_says():
+    """K·(O+I) numbers and the held-out columns, in every pass."""
+    width, held_out = 24, 8
+    sketch = GradientSketch(O, I, width, 3, 0, CPU)
+    for _ in range(3):
+        held = sum(t.numel() for t in vars(sketch).values() if isinstance(t, torch.Tensor))
+        assert held <= width * (O + I) + held_out * (O + I)
+        sketch.add(torch.randn(5, I), torch.randn(5, O))
+        sketch.end_pass()
+
+
+def test_seeds_decide_the_test_matrices():
+    first, same, other = (GradientSketch(O, I, 24, 1, seed, CPU) for seed in (7, 7, 8))
+    assert torch.equal(first.right_IK, same.right_IK) and torch.equal(first.left_OK, same.left_OK)
+    assert not torch.equal(first.right_IK, other.right_IK)
+    assert not torch.equal(first.right_IK[:O, : first.width], first.left_OK)

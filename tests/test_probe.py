@@ -1,0 +1,185 @@
+"""Invariants 3 and 7 at the source: what the probe sees is autograd's gradient, and it leaves nothing behind."""
+
+import random
+
+import dense_reference
+import numpy as np
+import pytest
+import torch
+from conftest import peft_pair, tiny_batches
+from torch import nn
+
+from lora_ga_trainer import LoRAGAArguments
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.initialization import (
+    attach_lora_ga,
+    count_label_tokens,
+    estimate_gradients,
+    language_model_loss,
+    make_accumulator,
+)
+from lora_ga_trainer.probe import gradient_probe, noise_free_training_mode
+
+EXACT = LoRAGAArguments(ga_estimator="exact")
+
+
+def estimated_gradients(model, batches, config=EXACT, compute_loss=language_model_loss):
+    adapter_name = attach_lora_ga(model, config)
+    layers = delta_layers(model, adapter_name)
+    accumulators = {name: make_accumulator(name, layer, 4, config, model.device) for name, layer in layers.items()}
+    num_items = count_label_tokens(model, batches)
+    estimate_gradients(model, layers, accumulators, batches, compute_loss, num_items)
+    return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
+
+
+def autograd_gradients(base, names, batches):
+    """By autograd on the weights of the untouched base model, in eval mode: no dropout, no probe, no PEFT."""
+    weights = {}
+    for name in names:
+        module = base.get_submodule(name.removeprefix("base_model.model."))
+        weights[name] = (module.weight, not isinstance(module, nn.Linear))  # Conv1D stores I×O
+    num_tokens = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+    losses = [
+        dense_reference.token_mean_loss(
+            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"], num_tokens
+        )
+        for batch in batches
+    ]
+    return dense_reference.weight_gradient(weights, losses)
+
+
+def largest_relative_error(found, reference):
+    assert found.keys() == reference.keys()
+    return max(((found[name] - reference[name]).norm() / reference[name].norm()).item() for name in reference)
+
+
+def checkpointed(model, how):
+    if how != "none":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "qwen2"])
+def test_estimated_gradient_is_autograds(family, checkpointing):
+    model, base = peft_pair(family)
+    batches = tiny_batches((3, 5))
+    found = estimated_gradients(checkpointed(model, checkpointing), batches)
+    reference = autograd_gradients(base, found, batches)
+    # float32 through two layers, summed in another order
+    assert largest_relative_error(found, reference) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 8, (5, 3), (8,)])
+def test_estimation_does_not_depend_on_batching(sizes):
+    """Invariant 3: the token-weighted mean, whatever the batches; prompts and padding contribute nothing."""
+    reference = estimated_gradients(peft_pair()[0], tiny_batches((4, 4)))
+    found = estimated_gradients(peft_pair()[0], tiny_batches(sizes))
+    assert largest_relative_error(found, reference) < 1e-5  # float32 sums in another order
+
+
+def test_more_padding_changes_nothing():
+    reference = estimated_gradients(peft_pair()[0], tiny_batches((4, 4), length=20))
+    found = estimated_gradients(peft_pair()[0], tiny_batches((4, 4), length=33))
+    assert largest_relative_error(found, reference) < 1e-5
+
+
+def test_a_fully_masked_batch_among_others_contributes_nothing():
+    batches = tiny_batches((4, 4))
+    masked = {key: value.clone() for key, value in batches[0].items()}
+    masked["labels"][:] = -100
+    reference = estimated_gradients(peft_pair()[0], batches)
+    assert largest_relative_error(estimated_gradients(peft_pair()[0], [*batches, masked]), reference) < 1e-6
+
+
+def test_prompt_tokens_contribute_nothing_to_the_loss():
+    """Unmasking the prompts does change the gradient: the masks above are not ignored."""
+    batches = tiny_batches((4, 4))
+    unmasked = [batch | {"labels": batch["input_ids"].where(batch["attention_mask"].bool(), -100)} for batch in batches]
+    reference = estimated_gradients(peft_pair()[0], batches)
+    assert largest_relative_error(estimated_gradients(peft_pair()[0], unmasked), reference) > 0.1
+
+
+def test_dropout_is_off_while_estimating():
+    """GPT-2 here has dropout 0.1 everywhere and the adapter 0.5: two estimates agree to the bit all the same."""
+    first, second = (estimated_gradients(peft_pair("gpt2", lora_dropout=0.5)[0], tiny_batches()) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_noise_attributes_are_found_and_restored():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention_dropout, self.layerdrop, self.router_jitter_noise = 0.1, 0.2, 0.3
+            self.resid, self.eps = nn.Dropout(0.4), 1e-5
+
+    model = Noisy().eval()
+    with noise_free_training_mode(model):
+        assert model.training and model.resid.training
+        assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0, 0, 0, 0)
+        assert model.eps == 1e-5
+    assert not model.training and not model.resid.training
+    assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0.1, 0.2, 0.3, 0.4)
+
+
+def snapshot(model):
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [parameter.grad is not None for parameter in model.parameters()],
+        "hooks": [len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()],
+        "dropout": [module.p for module in model.modules() if isinstance(module, nn.Dropout)],
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+    }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+def test_the_probe_leaves_nothing_behind(checkpointing, fails):
+    """Invariant 7, after an error in the middle of it too."""
+    model, _ = peft_pair("gpt2", lora_dropout=0.1, modules_to_save=["ln_f"])
+    attach_lora_ga(model, EXACT)
+    checkpointed(model, checkpointing)
+    model.base_model.model.transformer.h[0].train()  # mixed modes are restored module by module
+    before = snapshot(model)
+
+    def loss(model, batch, num_items):
+        torch.rand(3), random.random(), np.random.rand()
+        if fails:
+            raise RuntimeError("stop here")
+        return language_model_loss(model, batch, num_items)
+
+    if fails:
+        with pytest.raises(RuntimeError, match="stop here"):
+            estimated_gradients(model, tiny_batches(), compute_loss=loss)
+    else:
+        estimated_gradients(model, tiny_batches(), compute_loss=loss)
+    assert snapshot(model) == before
+
+
+def test_probe_keeps_one_tensor_per_layer_and_none_under_checkpointing():
+    """What the taps save for backward is the layer's input, which autograd may drop and recompute."""
+    saved = {}
+    for how in ("none", "non-reentrant"):
+        model, _ = peft_pair()
+        checkpointed(model, how)
+        layers = delta_layers(model, attach_lora_ga(model, EXACT))
+        inputs, packed = set(), []
+
+        def pack(tensor, inputs=inputs, packed=packed):
+            packed.append(tensor.data_ptr() in inputs)
+            return tensor
+
+        hooks = [
+            layer.register_forward_hook(lambda _, args, __, inputs=inputs: inputs.add(args[0].data_ptr()))
+            for layer in layers.values()
+        ]
+        with gradient_probe(model, layers, {name: lambda x, dy: None for name in layers}):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model(**{k: v for k, v in tiny_batches()[0].items() if k != "labels"})
+        for hook in hooks:
+            hook.remove()
+        saved[how] = sum(packed)
+    assert saved["none"] >= len(layers)
+    assert saved["non-reentrant"] < len(layers)
