@@ -20,7 +20,8 @@ import peft
 import torch
 import transformers
 import trl
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,19 +85,38 @@ def portable_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return portable
 
 
-def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
-    """Have `peft_model.save_pretrained`, which `Trainer` and `push_to_hub` call too, write the files above.
+def native_state_dict(portable: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `portable_state_dict`, given A0 per layer: every half comes out bit for bit."""
+    native = {}
+    for key, value in portable.items():
+        module = key.removesuffix(".weight")
+        if key.endswith(".lora_A.weight"):
+            native[f"{module}.trainable"] = value.chunk(2, dim=0)[1]
+            native[f"{module}.frozen"] = frozen[module.removesuffix(".lora_A")]
+        elif key.endswith(".lora_B.weight"):
+            native[f"{module}.trainable"], native[f"{module}.frozen"] = value.chunk(2, dim=1)
+        else:
+            native[key] = value
+    return native
 
-    Bound to the instance: PEFT offers no hook for an adapter's own file form.
+
+def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
+    """Have `peft_model.save_pretrained` and `load_adapter` write and read the files above; `Trainer` calls them too.
+
+    Bound to the instance, because PEFT offers no hook for an adapter's own file form, and its `load_adapter` drops keys
+    that it does not know without a word.
     """
     peft_model.lora_ga = state
     peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
+    peft_model.load_adapter = MethodType(load_adapter, peft_model)
 
 
 def save_pretrained(
     peft_model: PeftModel,
-    save_directory: str,
-    *args: Any,
+    save_directory: str | Path,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *,
     state_dict: dict[str, Tensor] | None = None,
     is_main_process: bool = True,
     **kwargs: Any,
@@ -119,17 +139,48 @@ def save_pretrained(
         type(peft_model).save_pretrained(
             peft_model,
             save_directory,
-            *args,
+            safe_serialization,
+            selected_adapters,
             state_dict=portable_state_dict(native),
             is_main_process=is_main_process,
             **kwargs,
         )
     finally:
         peft_model.peft_config[state.adapter_name] = lora_config
-    if is_main_process:
+    if is_main_process and state.adapter_name in (selected_adapters or peft_model.peft_config):
         directory = adapter_directory(save_directory, state.adapter_name)
-        if directory.is_dir():  # else `selected_adapters` left this one out
-            write_state(directory, state, frozen_factors(native, state.adapter_name))
+        write_state(directory, state, frozen_factors(native, state.adapter_name))
+
+
+def load_adapter(
+    peft_model: PeftModel, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
+) -> Any:
+    """`PeftModel.load_adapter`; for the adapter in delta form `model_id` must be a checkpoint of the same kind of run.
+
+    Everything is read and checked before the first weight is written.
+
+    Raises:
+        ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
+    """
+    if adapter_name != peft_model.lora_ga.adapter_name:
+        return type(peft_model).load_adapter(peft_model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+    directory = Path(model_id)
+    saved = check_same_run(peft_model.lora_ga, directory)
+    halves = delta_layers(peft_model, adapter_name)
+    frozen = read_tensors(
+        directory / FROZEN_FILE,
+        {name: layer.lora_A[adapter_name].frozen.shape for name, layer in halves.items()},
+    )
+    portable = read_tensors(
+        directory / SAFETENSORS_WEIGHTS_NAME,
+        {f"{name}.{ab}.weight": getattr(layer, ab)[adapter_name].weight.shape for name, layer in halves.items() for ab in ("lora_A", "lora_B")},
+        others_allowed=True,  # `modules_to_save`, biases
+    )
+    result = set_peft_model_state_dict(peft_model, native_state_dict(portable, frozen), adapter_name)
+    peft_model.lora_ga.report = saved.report
+    if not is_trainable:  # as PEFT does
+        peft_model.eval()
+    return result
 
 
 def adapter_directory(save_directory: str, adapter_name: str) -> Path:
@@ -193,38 +244,24 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
     return saved
 
 
-def read_frozen(peft_model: PeftModel, directory: Path) -> dict[str, Tensor]:
-    """A0 (R×I) per layer from `directory`, checked against the adapter of `peft_model`.
+def read_tensors(path: Path, expected: dict[str, torch.Size], others_allowed: bool = False) -> dict[str, Tensor]:
+    """The tensors in `path`, which must have the names and shapes of `expected`.
 
     Raises:
-        ValueError: the file is missing or damaged, or its layers or shapes are not those of the model.
+        ValueError: the file is missing or damaged, or its tensors are others.
     """
-    path = directory / FROZEN_FILE
     try:
-        frozen = load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}), and resuming needs the A0 in it. Resume from another checkpoint, or copy "
-            "the file again from where it came."
+            f"{path} cannot be read ({error}), so this checkpoint is not complete. Resume from another one, or copy the file "
+            "again from where it came."
         ) from error
-    adapter_name = peft_model.lora_ga.adapter_name
-    expected = {
-        name: layer.lora_A[adapter_name].frozen.shape for name, layer in delta_layers(peft_model, adapter_name).items()
-    }
-    found = {name: value.shape for name, value in frozen.items()}
+    found = {name: value.shape for name, value in tensors.items() if name in expected or not others_allowed}
     if found != expected:
-        name = next(iter(name for name in expected | found if expected.get(name) != found.get(name)))
+        name = next(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(
             f"{path} does not fit this model: for {name} it holds {found.get(name)}, the model needs {expected.get(name)}. "
             "Resume with the base model and the `LoraConfig` of the checkpoint."
         )
-    return frozen
-
-
-def restore_frozen(peft_model: PeftModel, frozen: dict[str, Tensor], report: InitReport) -> None:
-    """Put the exact A0 back after the adapter file has been loaded, which gives A0 to one rounding only."""
-    adapter_name = peft_model.lora_ga.adapter_name
-    with torch.no_grad():
-        for name, layer in delta_layers(peft_model, adapter_name).items():
-            layer.lora_A[adapter_name].frozen.copy_(frozen[name])
-    peft_model.lora_ga.report = report
+    return tensors

@@ -11,6 +11,9 @@ one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision
 Shapes: O out features, I in features, R the rank that trains.
 """
 
+from types import MethodType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -32,32 +35,14 @@ class DeltaHalf(nn.Module):
         self.trainable = trainable
         self.frozen = nn.Parameter(torch.zeros_like(trainable), requires_grad=False)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "DeltaHalf":
-        """PEFT switches whole adapters on and off with this (`set_adapter`, `disable_adapter`); `frozen` stays frozen."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad and parameter is not self.frozen)
-        return self
-
     @staticmethod
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
         """The rank-2R matrix that PEFT, and the saved file, see."""
         raise NotImplementedError
 
-    @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`: (trainable, frozen)."""
-        raise NotImplementedError
-
     @property
     def weight(self) -> Tensor:
         return self.join(self.trainable, self.frozen)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Also accept the saved form, one rank-2R `weight`. nn.Module would ignore it under PEFT's `strict=False`."""
-        if f"{prefix}weight" in state_dict:
-            halves = self.split(state_dict.pop(f"{prefix}weight"))
-            state_dict[f"{prefix}trainable"], state_dict[f"{prefix}frozen"] = halves
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 class DeltaA(DeltaHalf):
@@ -66,12 +51,6 @@ class DeltaA(DeltaHalf):
     @staticmethod
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
         return torch.cat([frozen + trainable, trainable], dim=0)
-
-    @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """dA is exact; A0 comes out as (A0 + dA) − dA, to one rounding: `checkpoint` keeps the exact A0 beside it."""
-        upper_RI, trainable_RI = weight.chunk(2, dim=0)
-        return trainable_RI, upper_RI - trainable_RI
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -90,11 +69,6 @@ class DeltaB(DeltaHalf):
     @staticmethod
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
         return torch.cat([trainable, frozen], dim=1)
-
-    @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        trainable_OR, frozen_OR = weight.chunk(2, dim=1)
-        return trainable_OR, frozen_OR
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -145,7 +119,29 @@ def attach_delta_form(peft_model: PeftModel, adapter_name: str) -> dict[str, Lor
         layer.lora_A[adapter_name] = DeltaA(layer.lora_A[adapter_name].weight)
         lora_B = layer.lora_B[adapter_name]
         layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+        layer.set_adapter = MethodType(_set_adapter, layer)
+        layer.set_requires_grad = MethodType(_set_requires_grad, layer)
     return layers
+
+
+# PEFT switches adapters on and off (`set_adapter`, `disable_adapter`, …) through these two methods of each layer, and
+# with an adapter every parameter in it. The initial factors have to stay frozen, or the next optimizer would train them.
+
+
+def _set_adapter(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
+    type(layer).set_adapter(layer, *args, **kwargs)
+    _freeze_initial_factors(layer)
+
+
+def _set_requires_grad(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
+    type(layer).set_requires_grad(layer, *args, **kwargs)
+    _freeze_initial_factors(layer)
+
+
+def _freeze_initial_factors(layer: LoraLayer) -> None:
+    for half in (*layer.lora_A.values(), *layer.lora_B.values()):
+        if isinstance(half, DeltaHalf):
+            half.frozen.requires_grad_(False)
 
 
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:

@@ -12,10 +12,11 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
-from .checkpoint import check_same_run, read_frozen, restore_frozen
 from .initialization import attach_lora_ga, initialize_lora_ga
 from .report import InitReport
 
@@ -50,7 +50,16 @@ class LoRAGAMixin:
     """LoRA-GA for a `transformers.Trainer`; comes before it in the bases. Its `args` hold the `ga_*` options."""
 
     def attach_lora_ga(self) -> None:
-        """To be called at the end of `__init__`: delta form now, factors when training begins."""
+        """To be called at the end of `__init__`: delta form now, factors when training begins.
+
+        Raises:
+            NotImplementedError: the run is distributed.
+        """
+        if self.accelerator.distributed_type != DistributedType.NO:
+            raise NotImplementedError(
+                f"This run is distributed ({self.accelerator.distributed_type.value}), but this version of LoRA-GA estimates "
+                "its gradient in one process only. Launch it with `accelerate launch --num_processes 1`."
+            )
         attach_lora_ga(self.model, self.args)
         self.add_callback(InitializeOnTrainBegin(self))
 
@@ -100,19 +109,6 @@ class LoRAGAMixin:
         """Estimation is no training: what `compute_loss` counts on the side must not show in the logs."""
         yield
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_lora_ga(Path(resume_from_checkpoint), super()._load_from_checkpoint, resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        self._load_lora_ga(Path(self.state.best_model_checkpoint), super()._load_best_model)
-
-    def _load_lora_ga(self, checkpoint: Path, load: Any, *args: Any) -> None:
-        """Check first, then load: a checkpoint that does not fit must not leave a half-loaded model."""
-        saved = check_same_run(self.model.lora_ga, checkpoint)
-        frozen = read_frozen(self.model, checkpoint)
-        load(*args)
-        restore_frozen(self.model, frozen, saved.report)
-
 
 class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
     """TRL's `SFTTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
@@ -161,13 +157,14 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
 
 
 def _with_ga_options(args: TrainingArguments | None, model: Any) -> LoRAGASFTConfig:
-    """`args` as a `LoRAGASFTConfig`, converted like `SFTTrainer` converts `TrainingArguments`."""
+    """`args` as a `LoRAGASFTConfig`: itself, or its fields and the default `ga_*` options."""
     if isinstance(args, LoRAGASFTConfig):
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return LoRAGASFTConfig(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
-    return LoRAGASFTConfig(**args.to_dict() | {"hub_token": args.hub_token})  # to_dict hides the token
+    # `to_dict` would hide every field that ends in "token", `eos_token` too
+    return LoRAGASFTConfig(**{option.name: getattr(args, option.name) for option in fields(args) if option.init})
 
 
 def _check_not_empty(dataset: Any, problem: str) -> None:

@@ -1,0 +1,274 @@
+"""Invariants 5 and 6: what is saved is an ordinary adapter for the untouched base, and can be taken up again exactly."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import lora_config, peft_pair, tiny_batches
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.checkpoint import portable_config, read_state
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.initialization import attach_lora_ga
+
+CONFIG = LoRAGAArguments(ga_sketch_size=10)
+INPUTS = tiny_batches(seed=9)[0]["input_ids"]
+# float32 logits of order 1 through two layers; PEFT computes the same products in the same order, but the scaling
+# α·√2/√(2r) can differ from α/√r in the last place
+LOGITS_TOLERANCE = 1e-5
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(INPUTS).logits.float()
+
+
+def trained(family="llama", dtype=torch.float32, steps=3, **lora):
+    """(model after a few AdamW steps from a LoRA-GA start, its untouched base)."""
+    model, base = peft_pair(family, dtype, **lora)
+    batches = tiny_batches()
+    initialize_lora_ga(model, batches, CONFIG, disable_tqdm=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        model(**batches[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (logits(model) - logits(base)).abs().max() > 0.05, "training changed nothing, so the tests show nothing"
+    return model, base
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_rslora": False},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 40, "k_proj": 8}},
+        {"use_rslora": False, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 40, "k_proj": 8}},
+        {"target_modules": r".*\.mlp\.(up|down)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.2},
+    ],
+    ids=["rslora", "lora", "patterns-rslora", "patterns-lora", "regex", "modules_to_save", "dropout"],
+)
+def test_stock_peft_loads_it_on_the_untouched_base(lora, tmp_path):
+    model, base = trained(**lora)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
+    assert (logits(loaded.merge_and_unload()) - logits(model)).abs().max() < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2"])
+def test_every_kind_of_model(family, tmp_path):
+    model, base = trained(family)
+    model.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)) - logits(model)).abs().max() < 1e-5
+
+
+def test_lora_bias(tmp_path):
+    model, base = trained("qwen2", target_modules=["q_proj", "k_proj"], lora_bias=True)
+    model.save_pretrained(tmp_path)
+    assert any(key.endswith("lora_B.bias") for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(dtype, tmp_path):
+    """PEFT keeps the adapter in float32, so loading gives the very same numbers."""
+    model, base = trained(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)), logits(model))
+
+
+def test_the_file_holds_the_two_matrices_and_nothing_else(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    layers = delta_layers(model, "default")
+    assert set(tensors) == {f"{name}.{half}.weight" for name in layers for half in ("lora_A", "lora_B")}
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        assert torch.equal(tensors[f"{name}.lora_A.weight"], torch.cat([A.frozen + A.trainable, A.trainable]))
+        assert torch.equal(tensors[f"{name}.lora_B.weight"], torch.cat([B.trainable, B.frozen], dim=1))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (8, 16 * math.sqrt(2), True)
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path):
+    model, _ = trained()
+    config, before = copy.deepcopy(model.peft_config["default"]), logits(model)
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].r == config.r == 4
+    assert model.peft_config["default"].lora_alpha == config.lora_alpha
+    assert torch.equal(logits(model), before)
+
+
+def test_in_memory_merge_and_disable():
+    model, base = trained()
+    adapted = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), adapted)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert (logits(merged) - adapted).abs().max() < LOGITS_TOLERANCE
+    assert torch.equal(logits(copy.deepcopy(model).unload()), logits(base))
+
+
+def test_a_copied_model_saves_itself(tmp_path):
+    """`save_pretrained` is bound to the instance; a deep copy must not save the original."""
+    model, base = trained()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in delta_layers(other, "default").values():
+            layer.lora_B["default"].trainable.mul_(3)
+    other.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (logits(loaded) - logits(other)).abs().max() < LOGITS_TOLERANCE
+    assert (logits(loaded) - logits(model)).abs().max() > 0.01
+
+
+def test_an_adapter_of_another_name_beside_a_plain_one(tmp_path):
+    model, base = trained()
+    model.add_adapter("plain", lora_config())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["r"] == 4
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
+    loaded.load_adapter(tmp_path / "plain", "plain")
+    model.save_pretrained(tmp_path / "other", selected_adapters=["plain"])
+    assert not (tmp_path / "other/lora_ga.json").exists()
+
+
+def test_saving_before_the_initialization_is_refused(tmp_path):
+    model, _ = peft_pair()
+    attach_lora_ga(model, CONFIG)
+    with pytest.raises(ValueError, match=r"has not been initialized.*trainer.train\(\)"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_format_is_as_good(tmp_path):
+    model, base = trained()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
+
+
+def test_bf16_file_keeps_the_function_better_than_the_usual_conversion(tmp_path):
+    """Why the file holds [A0 + dA; dA], [dB, B0] and not [A; A0], [B, −B0]: dA and dB keep their own precision."""
+    model, base = trained()
+    model.save_pretrained(tmp_path)
+    errors = {}
+    for form in ("ours", "usual"):
+        rounded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        for name, layer in delta_layers(model, "default").items():
+            target = rounded.get_submodule(name)
+            A, B = layer.lora_A["default"], layer.lora_B["default"]
+            a, b = A.frozen + A.trainable, B.frozen + B.trainable
+            pair = (A.weight, B.weight) if form == "ours" else (torch.cat([a, A.frozen]), torch.cat([b, -B.frozen], 1))
+            with torch.no_grad():
+                for half, value in zip((target.lora_A, target.lora_B), pair, strict=True):
+                    half["default"].weight.copy_(value.bfloat16().float())
+        errors[form] = (logits(rounded) - logits(model)).square().mean().sqrt().item()
+    assert errors["ours"] < errors["usual"] / 3  # the real model in test_real_model shows a factor of ten and more
+
+
+def test_portable_config_keeps_every_scaling():
+    for use_rslora in (True, False):
+        config = LoraConfig(r=6, lora_alpha=10, use_rslora=use_rslora, rank_pattern={"a": 3}, alpha_pattern={"b": 7})
+        portable = portable_config(config)
+
+        def scaling(alpha, rank, use_rslora=use_rslora):
+            return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+        assert portable.r == 12 and portable.rank_pattern == {"a": 6}
+        assert scaling(portable.lora_alpha, portable.r) == pytest.approx(scaling(10, 6), rel=1e-15)
+        assert scaling(portable.lora_alpha, portable.rank_pattern["a"]) == pytest.approx(scaling(10, 3), rel=1e-15)
+        assert scaling(portable.alpha_pattern["b"], portable.r) == pytest.approx(scaling(7, 6), rel=1e-15)
+        assert config.r == 6 and config.rank_pattern == {"a": 3}
+
+
+# --- taking a checkpoint up again -----------------------------------------------------------------------------------
+
+
+def test_the_halves_come_back_bit_for_bit(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    other, _ = peft_pair()
+    attach_lora_ga(other, CONFIG)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert other.lora_ga == model.lora_ga
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def fresh(config=CONFIG, **lora):
+    model, _ = peft_pair(**lora)
+    attach_lora_ga(model, config)
+    return model
+
+
+def refused(model, directory, message):
+    """Loading raises, and not one weight has changed."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(directory, "default", is_trainable=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("lora", "ga", "message"),
+    [
+        ({"r": 5}, {}, "`r` is 5, but .* was made with 4"),
+        ({"lora_alpha": 8}, {}, "`lora_alpha` is 8, but .* was made with 16"),
+        ({"rank_pattern": {"k_proj": 2}}, {}, "`rank_pattern` is"),
+        ({}, {"ga_gamma": 64.0}, "`ga_gamma` is 64.0, but .* was made with 16.0"),
+        ({}, {"ga_direction": "ArBr"}, "`ga_direction` is 'ArBr'"),
+    ],
+)
+def test_other_settings_are_refused(lora, ga, message, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    refused(fresh(LoRAGAArguments(**{"ga_sketch_size": 10} | ga), **lora), tmp_path, message)
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "lm_head"]])
+def test_other_layers_are_refused(modules, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    refused(fresh(target_modules=modules), tmp_path, "lora_ga.safetensors does not fit this model: for .* it holds")
+
+
+@pytest.mark.parametrize("file", ["lora_ga.json", "lora_ga.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_missing_and_damaged_files_are_refused(file, damage, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    path = tmp_path / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    refused(fresh(), tmp_path, f"{file}.*Resume from")
+
+
+def test_a_foreign_json_is_refused(tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    (tmp_path / "lora_ga.json").write_text('{"versions": {}, "report": null}')
+    with pytest.raises(ValueError, match="is damaged"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["lora_ga.safetensors", "adapter_model.safetensors"])
+def test_other_shapes_are_refused(file, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / file)
+    save_file({name: value[:, :2].contiguous() for name, value in tensors.items()}, tmp_path / file)
+    refused(fresh(), tmp_path, rf"{file} does not fit this model: for .* it holds torch.Size\(\[.*, 2\]\)")

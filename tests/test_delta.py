@@ -1,0 +1,147 @@
+"""The delta form is the paper's function, exactly zero at the start, and safe under what PEFT does to adapters."""
+
+import dense_reference
+import pytest
+import torch
+from conftest import CONFIGS, lora_config, peft_pair, tiny_batches
+from torch import nn
+
+from lora_ga_trainer.delta import DeltaA, DeltaB, attach_delta_form, delta_layers, write_factors
+
+
+def attached(family="llama", dtype=torch.float32, **lora):
+    model, base = peft_pair(family, dtype, **lora)
+    return model, base, attach_delta_form(model, "default")
+
+
+def randomize(layers, trained=True, seed=0):
+    """Some A0, B0 and, where `trained`, some dA, dB."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        draw = lambda p: torch.randn(p.shape, generator=generator)  # noqa: E731
+        write_factors(layer, "default", draw(A.frozen), draw(B.frozen))
+        if trained:
+            with torch.no_grad():
+                A.trainable.copy_(0.1 * draw(A.trainable))
+                B.trainable.copy_(0.1 * draw(B.trainable))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_untrained_it_is_the_base_function_bit_for_bit(family, dtype):
+    """Invariant 1: not within a tolerance."""
+    model, base, layers = attached(family, dtype, lora_dropout=0.3)
+    randomize(layers, trained=False)
+    inputs = tiny_batches()[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, base(inputs).logits)
+        if family.startswith("llama"):  # the others have dropout of their own
+            # lora_dropout drops something of nothing: the adapter adds zero whatever its input
+            assert torch.equal(model.train()(inputs).logits, base.train()(inputs).logits)
+
+
+def test_it_is_the_papers_function():
+    model, base, layers = attached()
+    randomize(layers)
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    reference = dense_reference.forward(
+        base.model.layers[0].self_attn.k_proj.weight.double(), x.double(), layer.scaling["default"],
+        (A.frozen + A.trainable).double(), (B.frozen + B.trainable).double(), A.frozen.double(), B.frozen.double(),
+    )  # fmt: skip
+    assert (layer(x) - reference).abs().max() < 1e-5 * reference.abs().max()  # float32
+
+
+def test_gradients_are_those_of_the_papers_factors():
+    """∂L/∂dA = ∂L/∂A and ∂L/∂dB = ∂L/∂B in y = W0 x + s(BA − B0A0)x; the frozen halves get none."""
+    model, _, layers = attached()
+    randomize(layers)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    A, B, W = layer.lora_A["default"], layer.lora_B["default"], layer.base_layer.weight
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    layer(x).square().sum().backward()
+
+    a0, b0 = A.frozen.double().detach(), B.frozen.double().detach()
+    a = (a0 + A.trainable.double().detach()).requires_grad_()
+    b = (b0 + B.trainable.double().detach()).requires_grad_()
+    y = dense_reference.forward(W.double().detach(), x.double(), layer.scaling["default"], a, b, a0, b0)
+    y.square().sum().backward()
+    for found, reference in ((A.trainable.grad, a.grad), (B.trainable.grad, b.grad)):
+        assert (found - reference).norm() < 1e-5 * reference.norm()  # float32
+    assert A.frozen.grad is None and B.frozen.grad is None
+
+
+def test_only_the_differences_train_and_optimizers_keep_their_parameters():
+    model, _ = peft_pair()
+    before = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    attach_delta_form(model, "default")
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.replace(".trainable", ".weight") for name in after} == set(before)
+    assert {id(p) for p in after.values()} == set(before.values())
+    assert not any(p.any() for p in after.values())
+
+
+def test_switching_adapters_never_unfreezes_the_initial_factors():
+    model, _, layers = attached()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        pass
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.set_adapter("default")
+    model.set_requires_grad("default")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert all(not layer.lora_A["default"].frozen.requires_grad for layer in layers.values())
+
+
+def test_lora_bias_still_trains():
+    model, _, layers = attached("qwen2", target_modules=["q_proj"], lora_bias=True)
+    biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(biases) == len(layers)
+
+
+def test_rank_too_large_names_the_layer_and_the_remedy():
+    model, _ = peft_pair(r=13)  # k_proj and v_proj are 24×48
+    with pytest.raises(ValueError, match=r"rank 13 is too large for .*k_proj \(24×48\).*r can be 12 at most.*rank_pattern"):
+        attach_delta_form(model, "default")
+    assert not delta_layers(model, "default"), "nothing was changed"
+
+
+def test_the_largest_rank_works():
+    model, _ = peft_pair(r=12)
+    assert len(attach_delta_form(model, "default")) == 14
+
+
+def test_a_trained_adapter_is_refused():
+    model, _ = peft_pair()
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    nn.init.ones_(layer.lora_B["default"].weight)
+    with pytest.raises(ValueError, match=r"already been trained: B of .*layers.1.mlp.down_proj is not zero.*merge"):
+        attach_delta_form(model, "default")
+    assert not delta_layers(model, "default"), "nothing was changed"
+
+
+def test_embedding_targets_are_refused():
+    model, _ = peft_pair(target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ValueError, match=r"cannot initialize .*embed_tokens \(Embedding\).*only linear"):
+        attach_delta_form(model, "default")
+
+
+def test_types_survive_a_second_adapter():
+    """A second, ordinary LoRA on the same model stays ordinary, and switching between them works."""
+    model, _, layers = attached()
+    randomize(layers)
+    model.add_adapter("other", lora_config())
+    layer = next(iter(layers.values()))
+    assert isinstance(layer.lora_A["default"], DeltaA) and isinstance(layer.lora_B["default"], DeltaB)
+    assert isinstance(layer.lora_A["other"], nn.Linear)
+    inputs = tiny_batches()[0]["input_ids"]
+    with torch.no_grad():
+        ours = model(inputs).logits
+        model.set_adapter("other")
+        with model.disable_adapter():
+            base = model(inputs).logits
+        assert torch.equal(model(inputs).logits, base) and not torch.equal(ours, base)
+        model.set_adapter("default")
+        assert torch.equal(model(inputs).logits, ours)

@@ -1,0 +1,304 @@
+"""`initialize_lora_ga`: invariants 1, 2, 3 and 8, and every way it can be misused."""
+
+import dense_reference
+import pytest
+import torch
+from conftest import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
+from peft import IA3Config, get_peft_model
+from test_probe import autograd_gradients, checkpointed
+from torch import nn
+
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.initialization import (
+    attach_lora_ga,
+    estimate_gradients,
+    language_model_loss,
+    make_accumulator,
+)
+
+EXACT = LoRAGAArguments(ga_estimator="exact")
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    after = model.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def step_directions(model):
+    """B0 B0ᵀ and A0ᵀ A0 per layer: what the factors are, whatever the signs of the singular pairs."""
+    return {
+        name: (
+            layer.lora_B["default"].frozen.double() @ layer.lora_B["default"].frozen.double().T,
+            layer.lora_A["default"].frozen.double().T @ layer.lora_A["default"].frozen.double(),
+        )
+        for name, layer in delta_layers(model, "default").items()
+    }
+
+
+def largest_difference(found, reference):
+    return max(
+        ((a - b).norm() / b.norm()).item()
+        for name in reference
+        for a, b in zip(found[name], reference[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_logits_stay_the_base_models_bit_for_bit(family, dtype, checkpointing):
+    """Invariants 1 and 7: on every kind of model, and the base weights are not written."""
+    model, base = peft_pair(family, dtype)
+    initialize_lora_ga(checkpointed(model, checkpointing), tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    inputs = tiny_batches(seed=9)[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, base(inputs).logits)
+    for name, layer in delta_layers(model, "default").items():
+        assert layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any(), name
+        assert torch.isfinite(layer.lora_A["default"].frozen).all()
+    reference = dict(base.named_parameters())
+    for name, parameter in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, reference[name.replace(".base_layer", "")])
+
+
+@pytest.mark.parametrize("scale", ["stable", "unit", "gd", "weight_svd"])
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_factors_are_the_papers_on_autograds_gradient(family, direction, scale):
+    """Invariant 2, end to end: every direction and scale, on nn.Linear and on Conv1D (I×O weights)."""
+    model, base = peft_pair(family)
+    batches = tiny_batches((4, 4, 4, 4))
+    config = LoRAGAArguments(ga_estimator="exact", ga_direction=direction, ga_scale=scale, ga_gamma=9.0)
+    initialize_lora_ga(model, batches, config, disable_tqdm=True)
+    layers = delta_layers(model, "default")
+    for name, grad_OI in autograd_gradients(base, layers, batches).items():
+        module = base.get_submodule(name.removeprefix("base_model.model."))
+        weight_OI = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        c = dense_reference.scale(
+            scale, out_features=grad_OI.shape[0], rank=4, scaling=16 / 4**0.5, gamma=9.0, weight_OI=weight_OI.detach()
+        )
+        a_RI, b_OR = dense_reference.factors(grad_OI, 4, direction, c)
+        A, B = (getattr(layers[name], half)["default"].frozen.double() for half in ("lora_A", "lora_B"))
+        for found, reference in ((A, a_RI), (B.T, b_OR.T)):
+            signs = torch.sign((found * reference).sum(dim=1, keepdim=True))
+            # float32 gradients: singular vectors turn by the error (1e-7) over the gap between singular values, which
+            # on these gradients is never under a thousandth of the largest
+            assert (found * signs - reference).norm() < 1e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
+def test_scaling_the_loss_changes_no_factor(factor, config):
+    def factors(scale):
+        model, _ = peft_pair()
+        initialize_lora_ga(
+            model, tiny_batches(), config, lambda *call: scale * language_model_loss(*call), disable_tqdm=True
+        )
+        return step_directions(model)
+
+    # 1e3 is no power of two, so the gradient is rounded differently (6e-8), over the gaps as above
+    assert largest_difference(factors(factor), factors(1.0)) < 1e-3
+
+
+def test_fp16_gradients_do_not_underflow():
+    """A token's share of a mean over 10⁸ tokens is nothing that fp16 can hold; the estimate does not mind."""
+
+    def gradients(num_items):
+        model, _ = peft_pair(dtype=torch.float16)
+        layers = delta_layers(model, attach_lora_ga(model, EXACT))
+        accumulators = {name: make_accumulator(name, layer, 4, EXACT, model.device) for name, layer in layers.items()}
+        estimate_gradients(model, layers, accumulators, tiny_batches(), language_model_loss, num_items)
+        return {name: accumulator.grad_OI * num_items for name, accumulator in accumulators.items()}
+
+    few, many = gradients(100), gradients(10**8)
+    for name in few:
+        # both scaled to the same range by a power of two within a factor 2, so fp16 rounds them alike: 5e-4 a step
+        assert (few[name] - many[name]).norm() < 0.02 * few[name].norm()
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 8, (8,), (5, 3)])
+@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
+def test_factors_do_not_depend_on_batching(config, sizes):
+    def factors(sizes):
+        model, _ = peft_pair()
+        initialize_lora_ga(model, tiny_batches(sizes), config, disable_tqdm=True)
+        return step_directions(model)
+
+    assert largest_difference(factors(sizes), factors((4, 4))) < 1e-3  # rounding over the gaps, as above
+
+
+def test_the_sketch_is_really_used_and_near_exact():
+    def report(config):
+        model, _ = peft_pair()
+        return initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
+
+    exact, sketch = report(EXACT), report(LoRAGAArguments(ga_sketch_size=12))
+    assert exact.alignment.keys() == sketch.alignment.keys()
+    assert any(exact.alignment[name] != sketch.alignment[name] for name in exact.alignment)
+    # K = 12 of rank-starved tiny gradients, and ‖G‖ estimated from 8 columns
+    assert all(sketch.alignment[name] == pytest.approx(exact.alignment[name], rel=0.15) for name in exact.alignment)
+
+
+def test_random_direction_and_sketch_follow_ga_seed_only():
+    def factors(seed, torch_seed):
+        model, _ = peft_pair()
+        torch.manual_seed(torch_seed)
+        config = LoRAGAArguments(ga_direction="random", ga_sketch_size=12, ga_seed=seed)
+        initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
+        return step_directions(model)
+
+    reference = factors(1, torch_seed=0)
+    assert largest_difference(factors(1, torch_seed=99), reference) == 0.0
+    assert largest_difference(factors(2, torch_seed=0), reference) > 0.1
+
+
+def test_report_names_the_least_aligned_layer():
+    model, base = peft_pair()
+    batches = tiny_batches()
+    report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+    layers = delta_layers(model, "default")
+    for name, grad_OI in autograd_gradients(base, layers, batches).items():
+        A, B = (getattr(layers[name], half)["default"].frozen for half in ("lora_A", "lora_B"))
+        assert report.alignment[name] == pytest.approx(dense_reference.alignment(grad_OI, A, B), rel=1e-4)  # float32
+    assert report.alignment[report.alignment_min_layer] == min(report.alignment.values()) == report.alignment_min
+    assert report.num_items == sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+    assert report.seconds > 0 and report.alignment_min_layer in report.summary()
+
+
+def test_rank_pattern_and_modules_to_save():
+    model, base = peft_pair(rank_pattern={"k_proj": 2}, alpha_pattern={"k_proj": 32}, modules_to_save=["lm_head"])
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    inputs = tiny_batches(seed=9)[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, base(inputs).logits)
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert attention.k_proj.lora_A["default"].frozen.shape == (2, 48)
+    assert attention.q_proj.lora_A["default"].frozen.shape == (4, 48)
+    assert any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_adapter_of_another_name():
+    base = tiny_model()
+    model = get_peft_model(base, lora_config(), adapter_name="maths")
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    assert delta_layers(model, "maths")
+
+
+def test_batches_may_be_a_generator():
+    model, _ = peft_pair()
+    report = initialize_lora_ga(model, iter(tiny_batches()), LoRAGAArguments(ga_sketch_size=10), disable_tqdm=True)
+    assert report.alignment_min > 0
+
+
+# --- misuse: a clear error, and nothing half-written -----------------------------------------------------------------
+
+
+def refused(message, batches=None, config=EXACT, prepare=lambda model: None, **lora):
+    model, _ = peft_pair(**lora)
+    prepare(model)
+    before = state(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_ga(model, tiny_batches() if batches is None else batches, config, disable_tqdm=True)
+    for name, value in model.state_dict().items():
+        if name.endswith("frozen"):
+            assert not value.any(), "a factor was written"
+        elif "lora_" not in name:
+            assert torch.equal(value, before[name]) or (value != value).any()
+    assert sum(flags) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_no_batches():
+    refused("got no batch", batches=[])
+
+
+def test_batches_without_labels():
+    refused(r"no 'labels', only \['input_ids'\]", batches=[{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])
+
+
+def test_all_labels_masked():
+    batches = tiny_batches()
+    for batch in batches:
+        batch["labels"][:] = -100
+    refused("All labels of the 2 batches .* −100.*completion mask", batches=batches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_inf_in_the_model(value):
+    def poison(model):
+        model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] = value
+
+    refused("loss of batch 0 .* is nan.*NaN", prepare=poison)
+
+
+def test_a_target_whose_gradient_is_exactly_zero_is_named():
+    def silence(model):  # o_proj's output is multiplied by nothing that reaches the loss
+        model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.weight.data.zero_()
+        model.base_model.model.model.layers[1].self_attn.o_proj.base_layer.weight.data.zero_()
+
+    refused(r"[0-9]+ of 14 target layers get no gradient \(it is exactly zero\), first .*layers.1.self_attn", prepare=silence)
+
+
+def test_a_target_that_the_forward_never_runs_is_named():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(48, 48)
+
+    base = tiny_model()
+    base.model.layers[0].idle = Idle()
+    model = get_peft_model(base, lora_config(target_modules=["q_proj", "spare"]))
+    with pytest.raises(ValueError, match=r"1 of 3 target layers get no gradient .*layers.0.idle.spare.*exclude_modules"):
+        initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+
+
+def test_no_target_reached_at_all():
+    base = tiny_model()
+    base.spare = nn.Linear(48, 48)
+    model = get_peft_model(base, lora_config(target_modules=["spare"]))
+    with pytest.raises(ValueError, match="does not depend on any target layer"):
+        initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+
+
+def test_sketch_narrower_than_2r():
+    refused(r"`ga_sketch_size` is 7, but must be at least 2·r = 8 for .*q_proj", config=LoRAGAArguments(ga_sketch_size=7))
+
+
+def test_a_second_initialization():
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    before = state(model)
+    with pytest.raises(ValueError, match="initialized already"):
+        initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    assert unchanged(model, before)
+
+
+def test_not_a_peft_model():
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*get_peft_model"):
+        initialize_lora_ga(tiny_model(), tiny_batches(), EXACT)
+
+
+def test_not_a_lora_adapter():
+    model = get_peft_model(tiny_model(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="IA3Config.*LoraConfig"):
+        initialize_lora_ga(model, tiny_batches(), EXACT)
+
+
+def test_two_active_adapters():
+    model, _ = peft_pair()
+    model.add_adapter("second", lora_config())
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"\['default', 'second'\] are active.*set_adapter"):
+        initialize_lora_ga(model, tiny_batches(), EXACT)
+
+
+def test_config_of_another_kind():
+    model, _ = peft_pair()
+    with pytest.raises(ValueError, match="LoraConfig, but must hold the `ga_\\*` options"):
+        initialize_lora_ga(model, tiny_batches(), lora_config())
