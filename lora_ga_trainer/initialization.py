@@ -182,7 +182,9 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
         logits, labels = model(**batch).logits, batch["labels"]
     else:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits, labels = model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+        logits = model(**inputs, use_cache=False).logits
+        # position t predicts token t + 1; moving the labels instead of the logits copies nothing large
+        labels = F.pad(counted_labels(model, batch["labels"]), (0, 1), value=-100)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
