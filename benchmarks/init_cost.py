@@ -27,13 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_s
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import (
-    attach_lora_ga,
-    count_label_tokens,
-    estimate_gradients,
-    language_model_loss,
-    make_accumulator,
-)
+from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.memory import peak_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -67,7 +62,12 @@ def smollm2(args):
         texts = [row["prompt"] + row["completion"] for row in chunk]
         batch = dict(
             tokenizer(
-                texts, return_tensors="pt", padding=True, padding_side="right", truncation=True, max_length=args.max_length
+                texts,
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                max_length=args.max_length,
             )
         )
         batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
@@ -81,7 +81,11 @@ def llama2_7b_shapes(args):
     """Random weights in Llama-2-7B's layer shapes, random tokens; `--layers 32` is the whole model."""
     set_seed(0)
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=args.layers, vocab_size=32000
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=args.layers,
+        vocab_size=32000,
     )
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config)
@@ -93,9 +97,7 @@ MODELS = {"smollm2": smollm2, "llama2-7b-shapes": llama2_7b_shapes}
 
 
 def lora_config(**options):
-    return LoraConfig(
-        r=RANK, lora_alpha=16, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM", **options
-    )
+    return LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
 
 
 def on_device(batches, device):
@@ -166,7 +168,9 @@ def worker(variant, args):
 
 def run(variant, arguments, work):
     subprocess.run(
-        [sys.executable, __file__, *arguments, "--variant", variant, "--work", work], env=os.environ | MALLOC, check=True
+        [sys.executable, __file__, *arguments, "--variant", variant, "--work", work],
+        env=os.environ | MALLOC,
+        check=True,
     )
     return json.loads(Path(work, "measured.json").read_text())
 

@@ -66,9 +66,7 @@ class GradientSketch:
         seed: of Ω and Ψ; give each layer its own.
     """
 
-    def __init__(
-        self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device
-    ):
+    def __init__(self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device):
         self.out_features, self.in_features, self.width = out_features, in_features, width
         self.passes, self.passes_done = passes, 0
         self.seed, self.device = seed, device
@@ -103,8 +101,7 @@ class GradientSketch:
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
-        sums = [self.range_OK] if self.right_IK is not None else []
-        return sums + [self.corange_KI] if self.left_OK is not None else sums
+        return [total for total in (self.range_OK, self.corange_KI) if total is not None]
 
     def end_pass(self) -> None:
         """Turn what this pass summed into the basis that the next pass projects on."""

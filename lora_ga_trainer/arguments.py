@@ -79,7 +79,9 @@ class LoRAGAArguments:
 
     def __post_init__(self):
         self._check_integer("ga_num_samples", minimum=1, remedy="64 is the default, 16 a quick start")
-        self._check_integer("ga_batch_size", minimum=1, optional=True, remedy="leave it out to use the training batch size")
+        self._check_integer(
+            "ga_batch_size", minimum=1, optional=True, remedy="leave it out to use the training batch size"
+        )
         self._check_integer("ga_sketch_passes", minimum=1, remedy="3 is the default, 1 the fastest")
         self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 48")
         self._check_integer("ga_seed", minimum=0, remedy="42 is the default")

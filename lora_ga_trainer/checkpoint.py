@@ -173,7 +173,11 @@ def load_adapter(
     )
     portable = read_tensors(
         directory / SAFETENSORS_WEIGHTS_NAME,
-        {f"{name}.{ab}.weight": getattr(layer, ab)[adapter_name].weight.shape for name, layer in halves.items() for ab in ("lora_A", "lora_B")},
+        {
+            f"{name}.{ab}.weight": getattr(layer, ab)[adapter_name].weight.shape
+            for name, layer in halves.items()
+            for ab in ("lora_A", "lora_B")
+        },
         others_allowed=True,  # `modules_to_save`, biases
     )
     result = set_peft_model_state_dict(peft_model, native_state_dict(portable, frozen), adapter_name)

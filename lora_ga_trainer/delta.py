@@ -90,8 +90,7 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
     }
 
 

@@ -45,7 +45,7 @@ class _Tap(torch.autograd.Function):
 def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
     """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in float32.
 
-    dy is the gradient at the output of the whole PEFT layer. With the adapter at zero, that is the output of W.
+    dy is the gradient at the output of the whole PEFT layer; with its adapter bypassed, that is the output of W.
     """
     anchor = torch.zeros((), requires_grad=True)
 
@@ -68,14 +68,31 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """While inside, no parameter requires a gradient, so backward writes none."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter in trainable:
+        for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def bypassed(layers: dict[str, LoraLayer]) -> Iterator[None]:
+    """While inside, the layers compute W x only: their adapters add zero, at the cost of two products and two copies."""
+    try:
+        for layer in layers.values():
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enable_adapters(True)
+
+
+def _makes_noise(module: nn.Module, attribute: str) -> bool:
+    is_rate_of_dropout_module = attribute == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+    return is_rate_of_dropout_module or any(part in attribute for part in NOISE_ATTRIBUTES)
 
 
 @contextmanager
@@ -86,8 +103,7 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
         (module, name, value)
         for module in modes
         for name, value in vars(module).items()
-        if isinstance(value, float)
-        and (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd) or any(n in name for n in NOISE_ATTRIBUTES))
+        if isinstance(value, float) and _makes_noise(module, name)
     ]
     try:
         model.train()
@@ -125,5 +141,11 @@ def gradient_probe(
         layers: the adapted layers by name.
         receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), float32.
     """
-    with preserved_rng(), noise_free_training_mode(model), frozen_parameters(model), tapped(layers, receivers):
+    with (
+        preserved_rng(),
+        noise_free_training_mode(model),
+        frozen_parameters(model),  # outside of `bypassed`, which switches parameters on again
+        bypassed(layers),
+        tapped(layers, receivers),
+    ):
         yield

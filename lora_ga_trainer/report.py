@@ -35,7 +35,11 @@ class InitReport:
 
     def summary(self) -> str:
         """One line for a person."""
-        memory = "peak memory not measured here" if self.extra_peak_bytes is None else f"{self.extra_peak_bytes / 2**20:,.0f} MiB extra at the peak"
+        memory = (
+            "peak memory not measured here"
+            if self.extra_peak_bytes is None
+            else f"{self.extra_peak_bytes / 2**20:,.0f} MiB extra at the peak"
+        )
         return (
             f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} tokens in {self.seconds:.1f} s, "
             f"{memory}. Alignment with the full gradient: mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} "

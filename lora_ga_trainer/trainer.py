@@ -1,11 +1,11 @@
 """LoRA-GA as one class swap: `LoRAGASFTTrainer` is TRL's `SFTTrainer` whose LoRA starts from the gradient.
 
-    trainer = LoRAGASFTTrainer(model, args, train_dataset=...)    the adapter gets its delta form: zero, like any LoRA
-    trainer.train()                                               1. sample n training examples
-                                                                  2. estimate the gradient of every target weight
-                                                                  3. A0, B0 from its singular vectors
-                                                                  4. train as always
-    trainer.save_model()                                          an ordinary LoRA adapter for the untouched base
+trainer = LoRAGASFTTrainer(model, args, train_dataset=...)    the adapter gets its delta form: zero, like any LoRA
+trainer.train()                                               1. sample n training examples
+                                                              2. estimate the gradient of every target weight
+                                                              3. A0, B0 from its singular vectors
+                                                              4. train as always
+trainer.save_model()                                          an ordinary LoRA adapter for the untouched base
 """
 
 import inspect
@@ -145,7 +145,9 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        metrics = {mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()}
+        metrics = {
+            mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()
+        }
         tokens = self._total_train_tokens
         try:
             yield

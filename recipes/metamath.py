@@ -78,7 +78,9 @@ def load_rows(args: MathArguments, seed: int) -> Dataset:
         rows = gsm_symbolic(10 * (args.train_size + args.eval_size), seed)
     for column in ["query", "response"] + (["type"] if args.type_contains else []):
         if column not in rows.column_names:
-            raise ValueError(f"The dataset has no column {column!r}, only {', '.join(rows.column_names)}. Rename or add it.")
+            raise ValueError(
+                f"The dataset has no column {column!r}, only {', '.join(rows.column_names)}. Rename or add it."
+            )
     return rows
 
 

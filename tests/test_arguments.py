@@ -32,7 +32,9 @@ def test_defaults_and_documentation():
 
 def test_command_line_and_yaml(tmp_path):
     yaml = tmp_path / "run.yaml"
-    yaml.write_text("output_dir: out\nbf16: false\nga_num_samples: 32\nga_gamma: 64\nga_scale: gd\nga_sketch_size: 40\n")
+    yaml.write_text(
+        "output_dir: out\nbf16: false\nga_num_samples: 32\nga_gamma: 64\nga_scale: gd\nga_sketch_size: 40\n"
+    )
     command = ["--config", str(yaml), "--ga_num_samples", "8", "--ga_direction", "random", "--ga_estimator", "exact"]
     (config,) = TrlParser(LoRAGASFTConfig).parse_args_and_config(command)
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS | {

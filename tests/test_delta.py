@@ -103,7 +103,9 @@ def test_lora_bias_still_trains():
 
 def test_rank_too_large_names_the_layer_and_the_remedy():
     model, _ = peft_pair(r=13)  # k_proj and v_proj are 24×48
-    with pytest.raises(ValueError, match=r"rank 13 is too large for .*k_proj \(24×48\).*r can be 12 at most.*rank_pattern"):
+    with pytest.raises(
+        ValueError, match=r"rank 13 is too large for .*k_proj \(24×48\).*r can be 12 at most.*rank_pattern"
+    ):
         attach_delta_form(model, "default")
     assert not delta_layers(model, "default"), "nothing was changed"
 

@@ -10,12 +10,8 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import (
-    attach_lora_ga,
-    estimate_gradients,
-    language_model_loss,
-    make_accumulator,
-)
+from lora_ga_trainer.estimation import estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.initialization import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 
@@ -242,7 +238,10 @@ def test_a_target_whose_gradient_is_exactly_zero_is_named():
         model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.weight.data.zero_()
         model.base_model.model.model.layers[1].self_attn.o_proj.base_layer.weight.data.zero_()
 
-    refused(r"[0-9]+ of 14 target layers get no gradient \(it is exactly zero\), first .*layers.1.self_attn", prepare=silence)
+    refused(
+        r"[0-9]+ of 14 target layers get no gradient \(it is exactly zero\), first .*layers.1.self_attn",
+        prepare=silence,
+    )
 
 
 def test_a_target_that_the_forward_never_runs_is_named():
@@ -254,7 +253,9 @@ def test_a_target_that_the_forward_never_runs_is_named():
     base = tiny_model()
     base.model.layers[0].idle = Idle()
     model = get_peft_model(base, lora_config(target_modules=["q_proj", "spare"]))
-    with pytest.raises(ValueError, match=r"1 of 3 target layers get no gradient .*layers.0.idle.spare.*exclude_modules"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 target layers get no gradient .*layers.0.idle.spare.*exclude_modules"
+    ):
         initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
 
 
@@ -267,7 +268,9 @@ def test_no_target_reached_at_all():
 
 
 def test_sketch_narrower_than_2r():
-    refused(r"`ga_sketch_size` is 7, but must be at least 2·r = 8 for .*q_proj", config=LoRAGAArguments(ga_sketch_size=7))
+    refused(
+        r"`ga_sketch_size` is 7, but must be at least 2·r = 8 for .*q_proj", config=LoRAGAArguments(ga_sketch_size=7)
+    )
 
 
 def test_a_second_initialization():

@@ -11,13 +11,8 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import (
-    attach_lora_ga,
-    count_label_tokens,
-    estimate_gradients,
-    language_model_loss,
-    make_accumulator,
-)
+from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.probe import gradient_probe, noise_free_training_mode
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
@@ -41,7 +36,9 @@ def autograd_gradients(base, names, batches):
     num_tokens = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
     losses = [
         dense_reference.token_mean_loss(
-            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"], num_tokens
+            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+            batch["labels"],
+            num_tokens,
         )
         for batch in batches
     ]
@@ -175,9 +172,11 @@ def test_probe_keeps_one_tensor_per_layer_and_none_under_checkpointing():
             layer.register_forward_hook(lambda _, args, __, inputs=inputs: inputs.add(args[0].data_ptr()))
             for layer in layers.values()
         ]
-        with gradient_probe(model, layers, {name: lambda x, dy: None for name in layers}):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                model(**{k: v for k, v in tiny_batches()[0].items() if k != "labels"})
+        with (
+            gradient_probe(model, layers, {name: lambda x, dy: None for name in layers}),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(**{k: v for k, v in tiny_batches()[0].items() if k != "labels"})
         for hook in hooks:
             hook.remove()
         saved[how] = sum(packed)

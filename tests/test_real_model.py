@@ -1,30 +1,18 @@
 """What only a real model can show: SmolLM2-135M-Instruct on word problems. The slowest file: three minutes on 2 cores."""
 
-import sys
-from pathlib import Path
-
 import dense_reference
 import pytest
 import torch
+from demo_model import demo_model_path
+from gsm_symbolic import gsm_symbolic
+from metamath import to_prompt_completion
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import (
-    attach_lora_ga,
-    count_label_tokens,
-    estimate_gradients,
-    factor_gradient,
-    language_model_loss,
-    make_accumulator,
-)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from demo_model import demo_model_path
-from gsm_symbolic import gsm_symbolic
-from metamath import to_prompt_completion
+from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.initialization import attach_lora_ga, factor_gradient
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +110,8 @@ def test_the_saved_adapter_in_bf16_keeps_the_trained_function(path, batches, tmp
                 for half in (target.lora_A["default"], target.lora_B["default"]):
                     half.weight.copy_(half.weight.bfloat16().float())
         rms[form] = (logits(loaded, batches[0]) - trained).square().mean().sqrt().item()
-    print(f"\nLogits rms: {(trained - base).square().mean().sqrt():.3f} by training, {rms} by rounding the file to bf16")
+    print(
+        f"\nLogits rms: {(trained - base).square().mean().sqrt():.3f} by training, {rms} by rounding the file to bf16"
+    )
     assert rms["ours"] <= 0.02
     assert rms["usual"] >= 10 * rms["ours"]

@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from answers import count_right, final_number
 from conftest import tiny_model
+from gsm_symbolic import gsm_symbolic
+from metamath import MathArguments, MathModelConfig, load_rows, prepare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from answers import count_right, final_number
-from gsm_symbolic import gsm_symbolic
-from metamath import MathArguments, MathModelConfig, load_rows, prepare
-
 from lora_ga_trainer import LoRAGASFTConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -35,7 +33,11 @@ def model_path(tmp_path, tokenizer):
 @pytest.fixture
 def rows():
     return [
-        {"query": f"w{i} w{i // 50} w{i % 7}", "response": f"w{i % 50} w3 #### {i}\nThe answer is: {i}", "type": "GSM_AnsAug"}
+        {
+            "query": f"w{i} w{i // 50} w{i % 7}",
+            "response": f"w{i % 50} w3 #### {i}\nThe answer is: {i}",
+            "type": "GSM_AnsAug",
+        }
         for i in range(60)
     ]
 
@@ -52,14 +54,32 @@ def launch(*arguments):
     )  # fmt: skip
 
 
-TINY = ("--max_steps", 3, "--eval_size", 8, "--answer_size", 4, "--answer_tokens", 8, "--max_length", 40, "--use_cpu", "true")
+TINY = (
+    "--max_steps",
+    3,
+    "--eval_size",
+    8,
+    "--answer_size",
+    4,
+    "--answer_tokens",
+    8,
+    "--max_length",
+    40,
+    "--use_cpu",
+    "true",
+)
 
 
 def test_a_run_on_a_local_file(rows, model_path, tmp_path):
     data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
     run = launch("--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *TINY)
     assert run.returncode == 0, run.stderr
-    for line in ("Rows: 60 in the dataset", "8 held out, 52 to train on", "Held-out loss: ", "answered right after training:"):
+    for line in (
+        "Rows: 60 in the dataset",
+        "8 held out, 52 to train on",
+        "Held-out loss: ",
+        "answered right after training:",
+    ):
         assert line in run.stdout
     assert "LoRA-GA gradient, pass 3/3" in run.stderr or "LoRA-GA gradient, pass 1/1" in run.stderr
     assert "LoRA-GA initialized 14 layers" in run.stderr
@@ -155,7 +175,9 @@ def test_embedded_problems_have_worked_answers():
     assert rows.to_list() == gsm_symbolic(20, seed=1).to_list() != gsm_symbolic(20, seed=2).to_list()
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "recipes/configs").glob("metamath_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "recipes/configs").glob("metamath_*.yaml")), ids=lambda path: path.stem
+)
 def test_committed_configs_parse(config, tmp_path):
     """Every line is a known option; bf16 needs hardware, and Trainer rewrites report_to, so they are left out here."""
     options = yaml.safe_load(config.read_text()) | {"bf16": False, "use_cpu": True, "output_dir": str(tmp_path)}

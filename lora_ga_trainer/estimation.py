@@ -1,0 +1,152 @@
+"""The gradient of a loss over batches, gathered layer by layer: the batches, the loss, the passes over them.
+
+Shapes: O out features, I in features, T tokens.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .accumulator import ExactGradient, GradientSketch
+from .arguments import LoRAGAArguments
+from .probe import gradient_probe
+
+Accumulator = ExactGradient | GradientSketch
+ComputeLoss = Callable[[nn.Module, dict[str, Tensor], int], Tensor]
+
+SKETCH_OVERSAMPLING = 48
+"""K − 2r. Real gradients have slowly falling spectra: with 48 spare directions 3 passes reach 0.9999 of the exact
+alignment."""
+
+
+def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
+    """The number of tokens in `batches` that the loss counts.
+
+    Raises:
+        ValueError: there is no batch, or no such token.
+    """
+    if not batches:
+        raise ValueError("LoRA-GA got no batch to estimate the gradient on. Pass at least one example.")
+    for batch in batches:
+        if "labels" not in batch:
+            raise ValueError(
+                f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
+                "Add `labels`, −100 where a token must not count."
+            )
+    num_items = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
+    if num_items == 0:
+        raise ValueError(
+            f"All labels of the {len(batches)} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
+            "the completion mask, and that prompts are shorter than `max_length`."
+        )
+    return num_items
+
+
+def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
+    """The labels that some prediction is compared with: a decoder-only model predicts no first token."""
+    return labels if model.config.is_encoder_decoder else labels[..., 1:]
+
+
+def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
+    """Cross-entropy summed over the batch's label tokens / `num_items_in_batch`: batches add up to the token mean."""
+    if model.config.is_encoder_decoder:
+        logits, labels = model(**batch).logits, batch["labels"]
+    else:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits
+        # position t predicts token t + 1; moving the labels instead of the logits copies nothing large
+        labels = F.pad(counted_labels(model, batch["labels"]), (0, 1), value=-100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+def make_accumulator(
+    name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments, device: torch.device
+) -> Accumulator:
+    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger."""
+    O, I = layer.out_features, layer.in_features
+    width = min(config.ga_sketch_size or 2 * rank + SKETCH_OVERSAMPLING, O, I)
+    if width < 2 * rank:
+        raise ValueError(
+            f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * rank} for {name}: LoRA-GA "
+            "takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 48."
+        )
+    if config.ga_estimator == "exact" or width * (O + I) >= O * I:
+        return ExactGradient(O, I, device)
+    return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)
+
+
+def layer_seed(name: str, seed: int) -> int:
+    """A seed for one layer that does not depend on process, device or the other layers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def estimate_gradients(
+    model: PeftModel,
+    layers: dict[str, LoraLayer],
+    accumulators: dict[str, Accumulator],
+    batches: list[dict[str, Tensor]],
+    compute_loss: ComputeLoss,
+    num_items: int,
+    disable_tqdm: bool = True,
+) -> None:
+    """Fill `accumulators` with the gradient of Σ compute_loss(model, batch, num_items) over `batches`.
+
+    Raises:
+        ValueError: a loss is not finite, or a layer gets no finite, non-zero gradient.
+    """
+    # A token's share of the mean loss is 1/num_items, which fp16 would lose on the way back. Backward runs on the loss
+    # times a power of two near num_items; the sums are divided by it afterwards, which rounds nothing.
+    loss_scale = 2.0 ** math.floor(math.log2(num_items))
+    passes = max(accumulator.passes for accumulator in accumulators.values())
+    with tqdm(total=passes * len(batches), disable=disable_tqdm, unit="batch") as progress:
+        for pass_number in range(1, passes + 1):
+            progress.set_description(f"LoRA-GA gradient, pass {pass_number}/{passes}")
+            summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
+            with gradient_probe(model, layers, {name: acc.add for name, acc in summing.items()}):
+                for index, batch in enumerate(batches):
+                    loss = compute_loss(model, send_to_device(batch, model.device), num_items)
+                    _check_loss(loss, index)
+                    (loss * loss_scale).backward()
+                    progress.update()
+            for accumulator in summing.values():
+                for total in accumulator.sums():
+                    total.div_(loss_scale)
+            _check_gradients(summing)
+            for accumulator in summing.values():
+                accumulator.end_pass()
+
+
+def _check_loss(loss: Tensor, index: int) -> None:
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"The loss of batch {index} for LoRA-GA is {loss.item()}, so there is no gradient to start from. Look for NaN "
+            "or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"The loss of batch {index} for LoRA-GA does not depend on any target layer. Check `target_modules` "
+            "against the layers that the forward pass really runs."
+        )
+
+
+def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
+    """A layer that would be left at vanilla LoRA, or worse, is an error that names it; never a silent fallback."""
+    for problem, is_bad in {
+        "no gradient (it is exactly zero)": lambda total: not total.any(),
+        "a gradient with NaN or Inf": lambda total: not torch.isfinite(total).all(),
+    }.items():
+        bad = [name for name, acc in accumulators.items() if any(is_bad(total) for total in acc.sums())]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(accumulators)} target layers get {problem}, first {', '.join(bad[:3])}. LoRA-GA "
+                "cannot initialize them: leave them out with `LoraConfig(exclude_modules=...)`, check that the forward "
+                "pass uses them, or estimate on other or more samples (`ga_num_samples`)."
+            )
