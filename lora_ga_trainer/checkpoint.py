@@ -119,13 +119,20 @@ def save_pretrained(
     *,
     state_dict: dict[str, Tensor] | None = None,
     is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | None = None,
     **kwargs: Any,
 ) -> None:
     """`PeftModel.save_pretrained` for a model with an adapter in delta form; same arguments.
 
     Raises:
-        ValueError: the adapter has not been initialized yet, so that there is nothing worth saving.
+        ValueError: the adapter has not been initialized yet, so that there is nothing worth saving; or
+            `path_initial_model_for_weight_conversion` is given.
     """
+    if path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            f"`path_initial_model_for_weight_conversion` is {path_initial_model_for_weight_conversion!r}, but a LoRA-GA "
+            "adapter is always saved relative to the untouched base model, so there is nothing to convert. Leave it out."
+        )
     state = peft_model.lora_ga
     if state.report is None:
         raise ValueError(

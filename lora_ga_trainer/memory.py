@@ -1,7 +1,6 @@
 """How much memory a piece of work takes at its peak, above what stood before it."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +27,21 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         before = torch.cuda.memory_allocated(device)
         yield peak
         peak.extra_bytes = torch.cuda.max_memory_allocated(device) - before
-    elif device.type == "cpu" and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present VmRSS, see proc(5)
+    elif device.type == "cpu" and _reset_resident_peak():
         before = _status_bytes("VmRSS")
         yield peak
         peak.extra_bytes = max(0, _status_bytes("VmHWM") - before)
     else:
         yield peak
+
+
+def _reset_resident_peak() -> bool:
+    """Set VmHWM to the present VmRSS, see proc(5); False where the system has no such file or forbids it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _status_bytes(field: str) -> int:

@@ -153,6 +153,13 @@ def test_saving_before_the_initialization_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_conversion_is_refused(tmp_path):
+    model, _ = trained()
+    with pytest.raises(ValueError, match="nothing to convert. Leave it out"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="start")
+    assert not (tmp_path / "out").exists()
+
+
 def test_pickle_format_is_as_good(tmp_path):
     model, base = trained()
     model.save_pretrained(tmp_path, safe_serialization=False)
