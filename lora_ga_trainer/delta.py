@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -94,19 +93,13 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     }
 
 
-def attach_delta_form(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """Bring the LoRA adapter `adapter_name` into delta form, in place. The model still computes the base function.
-
-    Do this before `accelerator.prepare` and before anything is trained: A's random values are dropped, B must be zero.
-
-    Returns:
-        the adapted layers by module name.
+def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Refuse layers that cannot take the delta form.
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, or has already been trained (B is not zero). The model is left as it was.
+            side of a layer, or has already been trained (B is not zero).
     """
-    layers = lora_layers(peft_model, adapter_name)
     if not layers:
         raise ValueError(
             f"The adapter {adapter_name!r} targets no layer. LoRA-GA needs LoRA layers to initialize: set "
@@ -114,13 +107,20 @@ def attach_delta_form(peft_model: PeftModel, adapter_name: str) -> dict[str, Lor
         )
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name)
+
+
+def attach_delta_form(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Bring the adapter `adapter_name` of `layers` into delta form, in place. The model still computes the base function.
+
+    Do this before `accelerator.prepare` and before anything is trained, on layers that `check_targets` has passed: A's
+    random values are dropped.
+    """
     for layer in layers.values():
         layer.lora_A[adapter_name] = DeltaA(layer.lora_A[adapter_name].weight)
         lora_B = layer.lora_B[adapter_name]
         layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
         layer.set_adapter = MethodType(_set_adapter, layer)
         layer.set_requires_grad = MethodType(_set_requires_grad, layer)
-    return layers
 
 
 # PEFT switches adapters on and off (`set_adapter`, `disable_adapter`, …) through these two methods of each layer, and

@@ -67,17 +67,26 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
-def make_accumulator(
-    name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments, device: torch.device
-) -> Accumulator:
-    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger."""
-    O, I = layer.out_features, layer.in_features
-    width = min(config.ga_sketch_size or 2 * rank + SKETCH_OVERSAMPLING, O, I)
+def sketch_width(name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments) -> int:
+    """K for one layer: `ga_sketch_size` or 2·rank + 48, and no more than the layer has dimensions.
+
+    Raises:
+        ValueError: K is under 2·rank.
+    """
+    width = min(config.ga_sketch_size or 2 * rank + SKETCH_OVERSAMPLING, layer.out_features, layer.in_features)
     if width < 2 * rank:
         raise ValueError(
             f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * rank} for {name}: LoRA-GA "
             "takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 48."
         )
+    return width
+
+
+def make_accumulator(
+    name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments, device: torch.device
+) -> Accumulator:
+    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger."""
+    O, I, width = layer.out_features, layer.in_features, sketch_width(name, layer, rank, config)
     if config.ga_estimator == "exact" or width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
     return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)

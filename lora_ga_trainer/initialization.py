@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arguments import LoRAGAArguments, check_lora_config
 from .checkpoint import LoRAGAState, make_portable
-from .delta import attach_delta_form, delta_layers, write_factors
+from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, write_factors
 from .estimation import (
     Accumulator,
     ComputeLoss,
@@ -26,6 +26,7 @@ from .estimation import (
     language_model_loss,
     layer_seed,
     make_accumulator,
+    sketch_width,
 )
 from .factors import Factors, lora_ga_factors, scale_factor
 from .memory import peak_memory
@@ -62,7 +63,11 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     if delta_layers(peft_model, adapter_name):
         return adapter_name
     check_lora_config(peft_model.peft_config[adapter_name])
-    attach_delta_form(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter_name)
+    check_targets(layers, adapter_name)
+    for name, layer in layers.items():
+        sketch_width(name, layer, layer.r[adapter_name], config)
+    attach_delta_form(layers, adapter_name)
     make_portable(peft_model, LoRAGAState.before_init(peft_model.peft_config[adapter_name], adapter_name, config))
     return adapter_name
 

@@ -6,12 +6,14 @@ import torch
 from conftest import CONFIGS, lora_config, peft_pair, tiny_batches
 from torch import nn
 
-from lora_ga_trainer.delta import DeltaA, DeltaB, attach_delta_form, delta_layers, write_factors
+from lora_ga_trainer.delta import DeltaA, DeltaB, attach_delta_form, check_targets, lora_layers, write_factors
 
 
 def attached(family="llama", dtype=torch.float32, **lora):
     model, base = peft_pair(family, dtype, **lora)
-    return model, base, attach_delta_form(model, "default")
+    layers = lora_layers(model, "default")
+    attach_delta_form(layers, "default")
+    return model, base, layers
 
 
 def randomize(layers, trained=True, seed=0):
@@ -76,7 +78,7 @@ def test_gradients_are_those_of_the_papers_factors():
 def test_only_the_differences_train_and_optimizers_keep_their_parameters():
     model, _ = peft_pair()
     before = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
-    attach_delta_form(model, "default")
+    attach_delta_form(lora_layers(model, "default"), "default")
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.replace(".trainable", ".weight") for name in after} == set(before)
     assert {id(p) for p in after.values()} == set(before.values())
@@ -106,13 +108,13 @@ def test_rank_too_large_names_the_layer_and_the_remedy():
     with pytest.raises(
         ValueError, match=r"rank 13 is too large for .*k_proj \(24×48\).*r can be 12 at most.*rank_pattern"
     ):
-        attach_delta_form(model, "default")
-    assert not delta_layers(model, "default"), "nothing was changed"
+        check_targets(lora_layers(model, "default"), "default")
 
 
 def test_the_largest_rank_works():
     model, _ = peft_pair(r=12)
-    assert len(attach_delta_form(model, "default")) == 14
+    check_targets(lora_layers(model, "default"), "default")
+    assert len(lora_layers(model, "default")) == 14
 
 
 def test_a_trained_adapter_is_refused():
@@ -120,14 +122,13 @@ def test_a_trained_adapter_is_refused():
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     nn.init.ones_(layer.lora_B["default"].weight)
     with pytest.raises(ValueError, match=r"already been trained: B of .*layers.1.mlp.down_proj is not zero.*merge"):
-        attach_delta_form(model, "default")
-    assert not delta_layers(model, "default"), "nothing was changed"
+        check_targets(lora_layers(model, "default"), "default")
 
 
 def test_embedding_targets_are_refused():
     model, _ = peft_pair(target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match=r"cannot initialize .*embed_tokens \(Embedding\).*only linear"):
-        attach_delta_form(model, "default")
+        check_targets(lora_layers(model, "default"), "default")
 
 
 def test_types_survive_a_second_adapter():

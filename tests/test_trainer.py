@@ -278,6 +278,11 @@ def test_lora_configs_that_do_not_fit(make_trainer, config, message):
         make_trainer(peft_config=config)
 
 
+def test_a_sketch_too_small_is_refused_at_construction(make_trainer):
+    with pytest.raises(ValueError, match=r"`ga_sketch_size` is 7, but must be at least 2·r = 8"):
+        make_trainer(ga_sketch_size=7)
+
+
 def test_a_trained_peft_model(sft_config, prompt_completion, tokenizer):
     wrapped = get_peft_model(tiny_model(), lora_config(init_lora_weights=True))
     wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data.fill_(0.1)
