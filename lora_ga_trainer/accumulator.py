@@ -56,7 +56,8 @@ class GradientSketch:
 
     With one pass only, Z = ΨᵀG is summed beside Y and G ≈ Q (ΨᵀQ)⁺ Z (Tropp, Yurtsever, Udell & Cevher 2017, "Practical
     sketching algorithms", algorithm 4), where Q holds only the K/2 leading left singular vectors of Y: with all K the
-    least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99).
+    least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99). For one
+    pass K should be at least twice the number of triplets wanted.
 
     Ω and Ψ are drawn on the CPU from `seed`, so that every process and every device uses the same ones.
 

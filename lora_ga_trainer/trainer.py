@@ -40,9 +40,9 @@ class InitializeOnTrainBegin(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run has its factors from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
-        # call of `train`, has them already.
-        if state.global_step == 0 and self.trainer.lora_ga_report is None:
+        # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
+        # call of `train`, has one already.
+        if self.trainer.lora_ga_report is None:
             self.trainer.initialize_lora_ga()
 
 
