@@ -95,7 +95,7 @@ class LoRAGAMixin:
                 "them."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
-        size = self.args.ga_batch_size or self.args.per_device_train_batch_size
+        size = self.args.ga_batch_size or self._train_batch_size  # which `auto_find_batch_size` lowers
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
