@@ -134,7 +134,7 @@ def worker(variant, args):
         model = get_peft_model(model, lora_config())
         config = OURS["ours, exact"]
         layers = delta_layers(model, attach_lora_ga(model, config))
-        accumulators = {name: make_accumulator(name, layer, RANK, config, device) for name, layer in layers.items()}
+        accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
         num_items = count_label_tokens(model, batches)
         with peak_memory(device) as peak:
             estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items, disable_tqdm=False)

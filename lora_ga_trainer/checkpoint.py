@@ -12,6 +12,7 @@ import copy
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,7 +21,7 @@ import peft
 import torch
 import transformers
 import trl
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,13 @@ from .report import InitReport
 
 FROZEN_FILE = "lora_ga.safetensors"
 STATE_FILE = "lora_ga.json"
+LORA_FIELDS = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+"""What a `LoraConfig` says about the parameters that train; a checkpoint made with others cannot be resumed."""
+WITHOUT_EFFECT = ("ga_batch_size",)
+"""Options that change no result, so that they may differ on resuming."""
 
 
 @dataclass
@@ -41,7 +49,7 @@ class LoRAGAState:
 
     adapter_name: str
     lora: dict[str, Any]
-    """r, lora_alpha, use_rslora, rank_pattern and alpha_pattern of the adapter that trains."""
+    """The fields of `LORA_FIELDS`, of the adapter that trains."""
     options: dict[str, Any]
     """The `ga_*` options."""
     report: InitReport | None
@@ -49,10 +57,9 @@ class LoRAGAState:
 
     @classmethod
     def before_init(cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments) -> "LoRAGAState":
-        lora = {
-            name: copy.copy(getattr(lora_config, name))
-            for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-        }
+        # a set, as PEFT makes of some lists, would not survive JSON
+        values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
+        lora = {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in values.items()}
         options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
         return cls(adapter_name, lora, options, report=None)
 
@@ -133,7 +140,19 @@ def save_pretrained(
             f"`path_initial_model_for_weight_conversion` is {path_initial_model_for_weight_conversion!r}, but a LoRA-GA "
             "adapter is always saved relative to the untouched base model, so there is nothing to convert. Leave it out."
         )
+    stock_save = partial(
+        type(peft_model).save_pretrained,
+        peft_model,
+        save_directory,
+        safe_serialization,
+        selected_adapters,
+        is_main_process=is_main_process,
+        **kwargs,
+    )
     state = peft_model.lora_ga
+    if state.adapter_name not in (selected_adapters or peft_model.peft_config):  # left out, or deleted since
+        stock_save(state_dict=state_dict)
+        return
     if state.report is None:
         raise ValueError(
             f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so saving it would write zeros. "
@@ -143,18 +162,10 @@ def save_pretrained(
     lora_config = peft_model.peft_config[state.adapter_name]
     try:
         peft_model.peft_config[state.adapter_name] = portable_config(lora_config)
-        type(peft_model).save_pretrained(
-            peft_model,
-            save_directory,
-            safe_serialization,
-            selected_adapters,
-            state_dict=portable_state_dict(native),
-            is_main_process=is_main_process,
-            **kwargs,
-        )
+        stock_save(state_dict=portable_state_dict(native))
     finally:
         peft_model.peft_config[state.adapter_name] = lora_config
-    if is_main_process and state.adapter_name in (selected_adapters or peft_model.peft_config):
+    if is_main_process:
         directory = adapter_directory(save_directory, state.adapter_name)
         write_state(directory, state, frozen_factors(native, state.adapter_name))
 
@@ -173,19 +184,16 @@ def load_adapter(
         return type(peft_model).load_adapter(peft_model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
     directory = Path(model_id)
     saved = check_same_run(peft_model.lora_ga, directory)
-    halves = delta_layers(peft_model, adapter_name)
+    layers = delta_layers(peft_model, adapter_name)
     frozen = read_tensors(
-        directory / FROZEN_FILE,
-        {name: layer.lora_A[adapter_name].frozen.shape for name, layer in halves.items()},
+        directory / FROZEN_FILE, {name: layer.lora_A[adapter_name].frozen.shape for name, layer in layers.items()}
+    )
+    # All that PEFT would save of this model, and nothing else: it drops names it does not know without a word.
+    saved_by_peft = get_peft_model_state_dict(
+        peft_model, portable_state_dict(peft_model.state_dict()), adapter_name=adapter_name
     )
     portable = read_tensors(
-        directory / SAFETENSORS_WEIGHTS_NAME,
-        {
-            f"{name}.{ab}.weight": getattr(layer, ab)[adapter_name].weight.shape
-            for name, layer in halves.items()
-            for ab in ("lora_A", "lora_B")
-        },
-        others_allowed=True,  # `modules_to_save`, biases
+        directory / SAFETENSORS_WEIGHTS_NAME, {name: value.shape for name, value in saved_by_peft.items()}
     )
     result = set_peft_model_state_dict(peft_model, native_state_dict(portable, frozen), adapter_name)
     peft_model.lora_ga.report = saved.report
@@ -246,16 +254,16 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
     saved = read_state(directory)
     for group in ("lora", "options"):
         ours, theirs = getattr(state, group), getattr(saved, group)
-        for name in ours:
-            if ours[name] != theirs.get(name):
+        for name in theirs:
+            if name not in WITHOUT_EFFECT and ours.get(name) != theirs[name]:
                 raise ValueError(
-                    f"`{name}` is {ours[name]!r}, but the checkpoint {directory} was made with {theirs.get(name)!r}. Resume "
-                    "with the settings of the checkpoint, or start a new run in another `output_dir`."
+                    f"`{name}` is {ours.get(name)!r}, but the checkpoint {directory} was made with {theirs[name]!r}. "
+                    "Resume with the settings of the checkpoint, or start a new run in another `output_dir`."
                 )
     return saved
 
 
-def read_tensors(path: Path, expected: dict[str, torch.Size], others_allowed: bool = False) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors in `path`, which must have the names and shapes of `expected`.
 
     Raises:
@@ -268,7 +276,7 @@ def read_tensors(path: Path, expected: dict[str, torch.Size], others_allowed: bo
             f"{path} cannot be read ({error}), so this checkpoint is not complete. Resume from another one, or copy the file "
             "again from where it came."
         ) from error
-    found = {name: value.shape for name, value in tensors.items() if name in expected or not others_allowed}
+    found = {name: value.shape for name, value in tensors.items()}
     if found != expected:
         name = next(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(

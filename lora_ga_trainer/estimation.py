@@ -82,11 +82,13 @@ def sketch_width(name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments
     return width
 
 
-def make_accumulator(
-    name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments, device: torch.device
-) -> Accumulator:
-    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger."""
-    O, I, width = layer.out_features, layer.in_features, sketch_width(name, layer, rank, config)
+def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAArguments) -> Accumulator:
+    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger.
+
+    It is on the layer's own device: a model may be split over several.
+    """
+    O, I, device = layer.out_features, layer.in_features, layer.lora_A[adapter_name].weight.device
+    width = sketch_width(name, layer, layer.r[adapter_name], config)
     if config.ga_estimator == "exact" or width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
     return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)

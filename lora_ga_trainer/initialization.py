@@ -39,14 +39,15 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     """Make the active adapter of `peft_model` ready for LoRA-GA: delta form, and saving as an ordinary LoRA adapter.
 
     The model computes the base function until `initialize_lora_ga` has run. Call it before `accelerator.prepare`, so
-    that every backend shards and casts the new parameters like any others; does nothing if it has been called before.
+    that every backend shards and casts the new parameters like any others. Called again before the initialization, it
+    only takes over the new `config`.
 
     Returns:
         the name of the adapter.
 
     Raises:
-        ValueError: the model is no `PeftModel` with one active LoRA adapter, or the adapter or the sketch size does not
-            fit LoRA-GA; see `check_lora_config` and `attach_delta_form`.
+        ValueError: the model is no `PeftModel` with one active LoRA adapter, it has an initialized or another LoRA-GA
+            adapter, or the adapter or the sketch size does not fit LoRA-GA; see `check_lora_config` and `attach_delta_form`.
     """
     if not isinstance(peft_model, PeftModel):
         raise ValueError(
@@ -60,15 +61,30 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
             "`model.set_adapter(name)`."
         )
     (adapter_name,) = adapter_names
+    lora_config = peft_model.peft_config[adapter_name]
+    check_lora_config(lora_config)
+    state = LoRAGAState.before_init(lora_config, adapter_name, config)
     if delta_layers(peft_model, adapter_name):
+        if peft_model.lora_ga.report is not None:
+            raise ValueError(
+                f"The adapter {adapter_name!r} has been initialized already by LoRA-GA; a second initialization would "
+                "discard what was trained since. Start from a fresh adapter, or merge this one first "
+                "(`model = model.merge_and_unload()`)."
+            )
+        peft_model.lora_ga = state
         return adapter_name
-    check_lora_config(peft_model.peft_config[adapter_name])
+    for other in peft_model.peft_config:
+        if delta_layers(peft_model, other):
+            raise ValueError(
+                f"The model has a LoRA-GA adapter already, {other!r}, so {adapter_name!r} cannot be one as well. Merge the "
+                "first (`model = model.merge_and_unload()`), or train the second on a model of its own."
+            )
     layers = lora_layers(peft_model, adapter_name)
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
         sketch_width(name, layer, layer.r[adapter_name], config)
     attach_delta_form(layers, adapter_name)
-    make_portable(peft_model, LoRAGAState.before_init(peft_model.peft_config[adapter_name], adapter_name, config))
+    make_portable(peft_model, state)
     return adapter_name
 
 
@@ -84,7 +100,8 @@ def initialize_lora_ga(
 
     Afterwards the model still computes exactly the base function; train it like any `PeftModel`. Its base weights are
     not written, and its training modes, `requires_grad` flags, hooks and the random state are as they were. If anything
-    fails, nothing has been written.
+    fails, no factor has been written: the model computes the base function, and since all of the adapter is zero then, it
+    learns nothing until an initialization has succeeded.
 
     Args:
         peft_model: from `get_peft_model` with an untrained `LoraConfig` adapter.
@@ -110,21 +127,13 @@ def initialize_lora_ga(
             "`LoRAGASFTConfig`."
         )
     adapter_name = attach_lora_ga(peft_model, config)
-    if peft_model.lora_ga.report is not None:
-        raise ValueError(
-            f"The adapter {adapter_name!r} has been initialized already; a second initialization would discard what was "
-            "trained since. Start from a fresh adapter."
-        )
     layers = delta_layers(peft_model, adapter_name)
     batches = list(batches)
     num_items = count_label_tokens(peft_model, batches)
 
     started = time.perf_counter()
     with peak_memory(peft_model.device) as peak:
-        accumulators = {
-            name: make_accumulator(name, layer, layer.r[adapter_name], config, peft_model.device)
-            for name, layer in layers.items()
-        }
+        accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
         estimate_gradients(
             peft_model, layers, accumulators, batches, compute_loss or language_model_loss, num_items, disable_tqdm
         )

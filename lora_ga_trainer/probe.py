@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
-"""Float attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
+"""Numeric attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
 `layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
 
 
@@ -103,7 +103,7 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
         (module, name, value)
         for module in modes
         for name, value in vars(module).items()
-        if isinstance(value, float) and _makes_noise(module, name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(module, name)
     ]
     try:
         model.train()

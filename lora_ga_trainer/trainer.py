@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
 from .initialization import attach_lora_ga, initialize_lora_ga
+from .probe import preserved_rng
 from .report import InitReport
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,13 @@ class LoRAGAMixin:
 
     def initialize_lora_ga(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
-        with self.unchanged_metrics():
+        with preserved_rng(), self.unchanged_metrics():
+            batches = self.sample_batches()
+            # TRL divides the per-batch auxiliary loss of a Mixture-of-Experts model by this; Trainer sets it at each step
+            self.current_gradient_accumulation_steps = len(batches)
             report = initialize_lora_ga(
                 self.model,
-                self.sample_batches(),
+                batches,
                 self.args,
                 self.estimation_loss,
                 disable_tqdm=self.args.disable_tqdm or not self.is_world_process_zero(),
@@ -123,8 +127,8 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
 
     Raises:
         ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been trained already, or the dataset is empty; from `train`, what `initialize_lora_ga`
-            raises.
+            the adapter has been initialized or trained already, or the dataset is empty; from `train`, what
+            `initialize_lora_ga` raises.
     """
 
     def __init__(self, *args, **kwargs):
@@ -166,7 +170,14 @@ def _with_ga_options(args: TrainingArguments | None, model: Any) -> LoRAGASFTCon
         name = model if isinstance(model, str) else model.config._name_or_path
         return LoRAGASFTConfig(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
     # `to_dict` would hide every field that ends in "token", `eos_token` too
-    return LoRAGASFTConfig(**{option.name: getattr(args, option.name) for option in fields(args) if option.init})
+    values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
+    unknown = values.keys() - {option.name for option in fields(LoRAGASFTConfig)}
+    if unknown:
+        raise ValueError(
+            f"`args` is a {type(args).__name__} with the fields {sorted(unknown)}, which `LoRAGASFTConfig` does not have. "
+            "Derive your configuration from `LoRAGASFTConfig` instead of `SFTConfig`."
+        )
+    return LoRAGASFTConfig(**values)
 
 
 def _check_not_empty(dataset: Any, problem: str) -> None:

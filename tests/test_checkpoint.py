@@ -238,6 +238,9 @@ def refused(model, directory, message):
         ({"r": 5}, {}, "`r` is 5, but .* was made with 4"),
         ({"lora_alpha": 8}, {}, "`lora_alpha` is 8, but .* was made with 16"),
         ({"rank_pattern": {"k_proj": 2}}, {}, "`rank_pattern` is"),
+        ({"modules_to_save": ["lm_head"]}, {}, r"`modules_to_save` is \['lm_head'\], but .* was made with None"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, {}, "`lora_bias` is True"),
+        ({"bias": "lora_only"}, {}, "`bias` is 'lora_only', but .* was made with 'none'"),
         ({}, {"ga_gamma": 64.0}, "`ga_gamma` is 64.0, but .* was made with 16.0"),
         ({}, {"ga_direction": "ArBr"}, "`ga_direction` is 'ArBr'"),
     ],
@@ -245,6 +248,32 @@ def refused(model, directory, message):
 def test_other_settings_are_refused(lora, ga, message, tmp_path):
     trained()[0].save_pretrained(tmp_path)
     refused(fresh(LoRAGAArguments(**{"ga_sketch_size": 10} | ga), **lora), tmp_path, message)
+
+
+def test_a_checkpoint_with_other_trained_modules_is_refused(tmp_path):
+    """They would overwrite the base model's."""
+    trained(modules_to_save=["lm_head"])[0].save_pretrained(tmp_path)
+    refused(fresh(), tmp_path, r"`modules_to_save` is None, but .* was made with \['lm_head'\]")
+    document = json.loads((tmp_path / "lora_ga.json").read_text())
+    document["lora"]["modules_to_save"] = None
+    (tmp_path / "lora_ga.json").write_text(json.dumps(document))
+    refused(fresh(), tmp_path, r"adapter_model.safetensors does not fit .* for .*lm_head.weight it holds .*needs None")
+
+
+def test_the_batch_size_of_the_estimation_may_differ(tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    model = fresh(LoRAGAArguments(ga_sketch_size=10, ga_batch_size=3))
+    model.load_adapter(tmp_path, "default")
+    assert model.lora_ga.report is not None
+
+
+def test_a_deleted_adapter_is_not_saved(tmp_path):
+    model, _ = trained()
+    model.add_adapter("plain", lora_config())
+    model.set_adapter("plain")
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "plain/adapter_model.safetensors").exists() and not (tmp_path / "lora_ga.json").exists()
 
 
 @pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "lm_head"]])

@@ -108,7 +108,7 @@ def test_fp16_gradients_do_not_underflow():
     def gradients(num_items):
         model, _ = peft_pair(dtype=torch.float16)
         layers = delta_layers(model, attach_lora_ga(model, EXACT))
-        accumulators = {name: make_accumulator(name, layer, 4, EXACT, model.device) for name, layer in layers.items()}
+        accumulators = {name: make_accumulator(name, layer, "default", EXACT) for name, layer in layers.items()}
         estimate_gradients(model, layers, accumulators, tiny_batches(), language_model_loss, num_items)
         return {name: accumulator.grad_OI * num_items for name, accumulator in accumulators.items()}
 
@@ -280,6 +280,27 @@ def test_a_second_initialization():
     with pytest.raises(ValueError, match="initialized already"):
         initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
     assert unchanged(model, before)
+
+
+def test_a_second_lora_ga_adapter_on_one_model():
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    model.add_adapter("second", lora_config())
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="has a LoRA-GA adapter already, 'default'.*merge_and_unload"):
+        initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+
+
+def test_after_a_failure_it_can_be_tried_again_with_other_options():
+    model, base = peft_pair()
+    masked = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in tiny_batches()]
+    with pytest.raises(ValueError, match="All labels"):
+        initialize_lora_ga(model, masked, LoRAGAArguments(ga_gamma=4.0), disable_tqdm=True)
+    inputs = tiny_batches()[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, base(inputs).logits)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_gamma=64.0), disable_tqdm=True)
+    assert model.lora_ga.options["ga_gamma"] == 64.0 and model.lora_ga.report is not None
 
 
 def test_not_a_peft_model():

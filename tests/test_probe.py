@@ -21,7 +21,7 @@ EXACT = LoRAGAArguments(ga_estimator="exact")
 def estimated_gradients(model, batches, config=EXACT, compute_loss=language_model_loss):
     adapter_name = attach_lora_ga(model, config)
     layers = delta_layers(model, adapter_name)
-    accumulators = {name: make_accumulator(name, layer, 4, config, model.device) for name, layer in layers.items()}
+    accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
     num_items = count_label_tokens(model, batches)
     estimate_gradients(model, layers, accumulators, batches, compute_loss, num_items)
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
@@ -100,7 +100,13 @@ def test_prompt_tokens_contribute_nothing_to_the_loss():
 
 def test_dropout_is_off_while_estimating():
     """GPT-2 here has dropout 0.1 everywhere and the adapter 0.5: two estimates agree to the bit all the same."""
-    first, second = (estimated_gradients(peft_pair("gpt2", lora_dropout=0.5)[0], tiny_batches()) for _ in range(2))
+
+    def gradients(seed):
+        model, _ = peft_pair("gpt2", lora_dropout=0.5)
+        torch.manual_seed(seed)
+        return estimated_gradients(model, tiny_batches())
+
+    first, second = gradients(seed=1), gradients(seed=2)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -110,12 +116,14 @@ def test_noise_attributes_are_found_and_restored():
             super().__init__()
             self.attention_dropout, self.layerdrop, self.router_jitter_noise = 0.1, 0.2, 0.3
             self.resid, self.eps = nn.Dropout(0.4), 1e-5
+            self.neftune_noise_alpha, self.drop_something = 5, True  # an int counts, a bool does not
 
     model = Noisy().eval()
     with noise_free_training_mode(model):
         assert model.training and model.resid.training
         assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0, 0, 0, 0)
-        assert model.eps == 1e-5
+        assert model.neftune_noise_alpha == 0 and model.drop_something is True and model.eps == 1e-5
+    assert model.neftune_noise_alpha == 5
     assert not model.training and not model.resid.training
     assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0.1, 0.2, 0.3, 0.4)
 

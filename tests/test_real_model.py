@@ -55,7 +55,7 @@ def test_three_passes_reach_0_999_of_the_exact_alignment(path, batches):
     alignment, grads = {}, {}
     for config in (LoRAGAArguments(ga_estimator="exact"), LoRAGAArguments()):
         layers = delta_layers(model, attach_lora_ga(model, config))
-        accumulators = {name: make_accumulator(name, layer, 8, config, model.device) for name, layer in layers.items()}
+        accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
         num_items = count_label_tokens(model, batches)
         estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
         if config.ga_estimator == "exact":

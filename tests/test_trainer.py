@@ -2,13 +2,14 @@
 
 import copy
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import lora_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGASFTTrainer
@@ -257,6 +258,80 @@ def test_load_best_model_at_end(make_trainer, prompt_completion):
     last = PeftModel.from_pretrained(tiny_model(), f"{trainer.args.output_dir}/checkpoint-6")
     assert (logits(trainer.model) - logits(best)).abs().max() < 1e-5  # float32, see test_checkpoint
     assert (logits(last) - logits(best)).abs().max() > 0.01
+
+
+def test_mixture_of_experts_with_its_auxiliary_loss(make_trainer):
+    """TRL adds the router's auxiliary loss, a mean per batch: it too must not depend on how examples are batched."""
+
+    def directions(batch_size):
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, vocab_size=64,
+            router_aux_loss_coef=0.5, output_router_logits=True,
+        )  # fmt: skip
+        trainer = make_trainer(
+            model=AutoModelForCausalLM.from_config(config), ga_estimator="exact", ga_batch_size=batch_size, ga_num_samples=24,
+            peft_config=lora_config(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.aux_loss_enabled
+        return [p @ p.T for n, p in trainer.model.named_parameters() if "lora_B" in n and "frozen" in n]
+
+    # The router's loss compares statistics of each batch, so 6 batches of 4 differ from one of 24 by the spread of these
+    # statistics: 0.2 here, with a coefficient of 0.5. If every batch counted whole, the difference would be 1.0.
+    for whole, parts in zip(directions(24), directions(4), strict=True):
+        assert (whole - parts).norm() < 0.4 * whole.norm()
+
+
+class DrawingCollator:
+    """A collator that uses the global random state, as augmenting ones do."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, examples):
+        torch.rand(1)
+        return self.collate(examples)
+
+
+def test_a_collator_that_draws_random_numbers_leaves_the_run_alone(make_trainer):
+    states = []
+    for cls in (SFTTrainer, LoRAGASFTTrainer):
+        seen = FirstBatch()
+        trainer = make_trainer(cls, callbacks=[seen], max_steps=1)
+        trainer.data_collator = DrawingCollator(trainer.data_collator)
+        trainer.train()
+        states.append(seen.random)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("alpha", [5, 5.0])
+def test_neftune_adds_no_noise_to_the_estimate(make_trainer, alpha):
+    def frozen(**options):
+        trainer = make_trainer(max_steps=1, ga_estimator="exact", **options)
+        trainer.train()
+        return {n: p.detach() for n, p in trainer.model.named_parameters() if "frozen" in n}
+
+    plain, noisy = frozen(), frozen(neftune_noise_alpha=alpha)
+    assert all(torch.equal(plain[name], noisy[name]) for name in plain)
+
+
+def test_a_new_trainer_on_an_initialized_model_is_refused(make_trainer, sft_config, prompt_completion, tokenizer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="initialized already by LoRA-GA.*merge_and_unload"):
+        LoRAGASFTTrainer(trainer.model, sft_config(), train_dataset=prompt_completion, processing_class=tokenizer)
+
+
+def test_a_config_with_fields_of_its_own(prompt_completion, tokenizer, tmp_path):
+    @dataclass
+    class MyConfig(SFTConfig):
+        my_flag: int = 1
+
+    args = MyConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"MyConfig with the fields \['my_flag'\].*Derive .* from `LoRAGASFTConfig`"):
+        LoRAGASFTTrainer(tiny_model(), args, train_dataset=prompt_completion, processing_class=tokenizer)
 
 
 # --- misuse ---------------------------------------------------------------------------------------------------------
