@@ -142,9 +142,9 @@ def worker(variant, args):
         measured["gradient_bytes"] = sum(4 * acc.grad_OI.numel() for acc in accumulators.values())
     else:
         warm_up(model, batches[0])
-        started = time.perf_counter()
         if variant == PEFTS:
             config = lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+            started = time.perf_counter()
             with peak_memory(device) as peak:
                 preprocess_loraga(model, config, lambda: step(model, batches))
                 model = get_peft_model(model, config)

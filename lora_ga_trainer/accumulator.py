@@ -81,7 +81,7 @@ class GradientSketch:
         return torch.zeros(*shape, device=self.device)
 
     def _gaussian(self, rows: int, columns: int, stream: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed + stream) % 2**63)
+        generator = torch.Generator().manual_seed(self.seed + stream)
         return torch.randn(rows, columns, generator=generator).to(self.device)
 
     def _omega_IK(self) -> Tensor:

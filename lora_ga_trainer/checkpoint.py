@@ -98,10 +98,10 @@ def native_state_dict(portable: dict[str, Tensor], frozen: dict[str, Tensor]) ->
     for key, value in portable.items():
         module = key.removesuffix(".weight")
         if key.endswith(".lora_A.weight"):
-            native[f"{module}.trainable"] = value.chunk(2, dim=0)[1]
+            native[f"{module}.trainable"] = DeltaA.split(value)
             native[f"{module}.frozen"] = frozen[module.removesuffix(".lora_A")]
         elif key.endswith(".lora_B.weight"):
-            native[f"{module}.trainable"], native[f"{module}.frozen"] = value.chunk(2, dim=1)
+            native[f"{module}.trainable"], native[f"{module}.frozen"] = DeltaB.split(value)
         else:
             native[key] = value
     return native

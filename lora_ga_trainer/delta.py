@@ -51,6 +51,11 @@ class DeltaA(DeltaHalf):
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
         return torch.cat([frozen + trainable, trainable], dim=0)
 
+    @staticmethod
+    def split(weight: Tensor) -> Tensor:
+        """dA of a joined weight, bit for bit. A0 is not in it but for one rounding; `checkpoint` keeps it apart."""
+        return weight.chunk(2, dim=0)[1]
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
@@ -68,6 +73,12 @@ class DeltaB(DeltaHalf):
     @staticmethod
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
         return torch.cat([trainable, frozen], dim=1)
+
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(dB, B0) of a joined weight, bit for bit."""
+        trainable, frozen = weight.chunk(2, dim=1)
+        return trainable, frozen
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

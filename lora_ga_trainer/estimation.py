@@ -67,12 +67,13 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
-def sketch_width(name: str, layer: LoraLayer, rank: int, config: LoRAGAArguments) -> int:
-    """K for one layer: `ga_sketch_size` or 2·rank + 48, and no more than the layer has dimensions.
+def sketch_width(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAArguments) -> int:
+    """K for one layer: `ga_sketch_size` or 2·r + 48, and no more than the layer has dimensions.
 
     Raises:
-        ValueError: K is under 2·rank.
+        ValueError: K is under 2·r.
     """
+    rank = layer.r[adapter_name]
     width = min(config.ga_sketch_size or 2 * rank + SKETCH_OVERSAMPLING, layer.out_features, layer.in_features)
     if width < 2 * rank:
         raise ValueError(
@@ -88,7 +89,7 @@ def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoR
     It is on the layer's own device: a model may be split over several.
     """
     O, I, device = layer.out_features, layer.in_features, layer.lora_A[adapter_name].weight.device
-    width = sketch_width(name, layer, layer.r[adapter_name], config)
+    width = sketch_width(name, layer, adapter_name, config)
     if config.ga_estimator == "exact" or width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
     return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)

@@ -30,6 +30,7 @@ from .estimation import (
 )
 from .factors import Factors, lora_ga_factors, scale_factor
 from .memory import peak_memory
+from .probe import preserved_rng
 from .report import InitReport
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
 
     Raises:
         ValueError: the model is no `PeftModel` with one active LoRA adapter, it has an initialized or another LoRA-GA
-            adapter, or the adapter or the sketch size does not fit LoRA-GA; see `check_lora_config` and `attach_delta_form`.
+            adapter, or the adapter or the sketch size does not fit LoRA-GA; see `check_lora_config` and `check_targets`.
     """
     if not isinstance(peft_model, PeftModel):
         raise ValueError(
@@ -82,7 +83,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     layers = lora_layers(peft_model, adapter_name)
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
-        sketch_width(name, layer, layer.r[adapter_name], config)
+        sketch_width(name, layer, adapter_name, config)
     attach_delta_form(layers, adapter_name)
     make_portable(peft_model, state)
     return adapter_name
@@ -128,7 +129,8 @@ def initialize_lora_ga(
         )
     adapter_name = attach_lora_ga(peft_model, config)
     layers = delta_layers(peft_model, adapter_name)
-    batches = list(batches)
+    with preserved_rng():  # a shuffling DataLoader draws its order
+        batches = list(batches)
     num_items = count_label_tokens(peft_model, batches)
 
     started = time.perf_counter()

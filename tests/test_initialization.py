@@ -186,6 +186,15 @@ def test_an_adapter_of_another_name():
     assert delta_layers(model, "maths")
 
 
+def test_a_shuffling_data_loader_leaves_the_random_state_alone():
+    model, _ = peft_pair()
+    examples = [{name: value[row] for name, value in batch.items()} for batch in tiny_batches() for row in range(4)]
+    loader = torch.utils.data.DataLoader(examples, batch_size=4, shuffle=True)
+    before = torch.get_rng_state()
+    initialize_lora_ga(model, loader, EXACT, disable_tqdm=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_batches_may_be_a_generator():
     model, _ = peft_pair()
     report = initialize_lora_ga(model, iter(tiny_batches()), LoRAGAArguments(ga_sketch_size=10), disable_tqdm=True)
