@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .backends import write_parameter
+
 
 class DeltaHalf(nn.Module):
     """What DeltaA and DeltaB share: a trainable difference, zero at the start, and a frozen initial factor.
@@ -178,6 +180,5 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tensor) -> None:
     """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init."""
-    with torch.no_grad():
-        layer.lora_A[adapter_name].frozen.copy_(a_RI)
-        layer.lora_B[adapter_name].frozen.copy_(b_OR)
+    write_parameter(layer.lora_A[adapter_name].frozen, a_RI)
+    write_parameter(layer.lora_B[adapter_name].frozen, b_OR)

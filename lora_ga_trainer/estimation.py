@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
+from .backends import compute_device, gather_objects, rank, sum_over_processes, world_size
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -28,23 +29,24 @@ alignment."""
 
 
 def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
-    """The number of tokens in `batches` that the loss counts.
+    """The number of tokens that the loss counts, in the `batches` of all processes.
 
     Raises:
-        ValueError: there is no batch, or no such token.
+        ValueError: no process has a batch, or such a token.
     """
-    if not batches:
-        raise ValueError("LoRA-GA got no batch to estimate the gradient on. Pass at least one example.")
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(
                 f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
                 "Add `labels`, −100 where a token must not count."
             )
-    num_items = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
+    num_items_here = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
+    num_batches, num_items = map(sum, zip(*gather_objects((len(batches), num_items_here)), strict=True))
+    if num_batches == 0:
+        raise ValueError("LoRA-GA got no batch to estimate the gradient on. Pass at least one example.")
     if num_items == 0:
         raise ValueError(
-            f"All labels of the {len(batches)} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
+            f"All labels of the {num_batches} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
             "the completion mask, and that prompts are shorter than `max_length`."
         )
     return num_items
@@ -88,7 +90,7 @@ def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoR
 
     It is on the layer's own device: a model may be split over several.
     """
-    O, I, device = layer.out_features, layer.in_features, layer.lora_A[adapter_name].weight.device
+    O, I, device = layer.out_features, layer.in_features, compute_device(layer.lora_A[adapter_name].trainable)
     width = sketch_width(name, layer, adapter_name, config)
     if config.ga_estimator == "exact" or width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
@@ -108,45 +110,78 @@ def estimate_gradients(
     compute_loss: ComputeLoss,
     num_items: int,
     disable_tqdm: bool = True,
-) -> None:
-    """Fill `accumulators` with the gradient of Σ compute_loss(model, batch, num_items) over `batches`.
+) -> list[int]:
+    """Fill `accumulators` with the gradient of Σ compute_loss(model, batch, num_items) over the batches of all processes.
+
+    Returns:
+        for each pass, the bytes that this process put into the all-reduce of its sums.
 
     Raises:
-        ValueError: a loss is not finite, or a layer gets no finite, non-zero gradient.
+        ValueError: on all processes, if the loss of one is not finite, or a layer gets no finite, non-zero gradient.
     """
     # A token's share of the mean loss is 1/num_items, which fp16 would lose on the way back. Backward runs on the loss
     # times a power of two near num_items; the sums are divided by it afterwards, which rounds nothing.
     loss_scale = 2.0 ** math.floor(math.log2(num_items))
+    device = compute_device(next(model.parameters()))
     passes = max(accumulator.passes for accumulator in accumulators.values())
-    with tqdm(total=passes * len(batches), disable=disable_tqdm, unit="batch") as progress:
+    weighted = even_batches(batches)
+    bytes_of_passes = []
+    with tqdm(total=passes * len(weighted), disable=disable_tqdm, unit="batch") as progress:
         for pass_number in range(1, passes + 1):
             progress.set_description(f"LoRA-GA gradient, pass {pass_number}/{passes}")
             summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
-            with gradient_probe(model, layers, {name: acc.add for name, acc in summing.items()}):
-                for index, batch in enumerate(batches):
-                    loss = compute_loss(model, send_to_device(batch, model.device), num_items)
-                    _check_loss(loss, index)
-                    (loss * loss_scale).backward()
+            problem = None
+            with gradient_probe(model, layers, {name: acc.add for name, acc in summing.items()}) as backward:
+                for index, (batch, weight) in enumerate(weighted):
+                    loss = compute_loss(model, send_to_device(batch, device), num_items)
+                    problem = problem or _loss_problem(loss, index)
+                    backward(loss * (weight * loss_scale))
                     progress.update()
-            for accumulator in summing.values():
-                for total in accumulator.sums():
-                    total.div_(loss_scale)
+            _raise_on_all(problem)
+            sums = [total for accumulator in summing.values() for total in accumulator.sums()]
+            bytes_of_passes.append(sum_over_processes(sums))
+            for total in sums:
+                total.div_(loss_scale)
             _check_gradients(summing)
             for accumulator in summing.values():
                 accumulator.end_pass()
+    return bytes_of_passes
 
 
-def _check_loss(loss: Tensor, index: int) -> None:
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"The loss of batch {index} for LoRA-GA is {loss.item()}, so there is no gradient to start from. Look for NaN "
-            "or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
-        )
+def even_batches(batches: list[dict[str, Tensor]]) -> list[tuple[dict[str, Tensor], float]]:
+    """(batch, weight) for every forward that this process does: `batches` at weight 1, then some batch again at weight 0.
+
+    ZeRO-3 and FSDP2 exchange weights in every forward and backward, so all processes have to do as many.
+    """
+    counts = gather_objects(len(batches))
+    weighted = [(batch, 1.0) for batch in batches]
+    if min(counts) == max(counts):
+        return weighted
+    first_batches = gather_objects(batches[0] if batches else None)
+    idle_batch = next(batch for batch in [*batches, *first_batches] if batch is not None)
+    return weighted + [(idle_batch, 0.0)] * (max(counts) - len(batches))
+
+
+def _loss_problem(loss: Tensor, index: int) -> str | None:
     if not loss.requires_grad:
         raise ValueError(
             f"The loss of batch {index} for LoRA-GA does not depend on any target layer. Check `target_modules` "
             "against the layers that the forward pass really runs."
         )
+    if torch.isfinite(loss):
+        return None
+    process = f" on process {rank()}" if world_size() > 1 else ""
+    return (
+        f"The loss of batch {index} for LoRA-GA{process} is {loss.item()}, so there is no gradient to start from. Look for "
+        "NaN or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
+    )
+
+
+def _raise_on_all(problem: str | None) -> None:
+    """Raise the first process's problem on every process: one that went on alone would wait for the others for ever."""
+    for found in gather_objects(problem):
+        if found is not None:
+            raise ValueError(found)
 
 
 def _check_gradients(accumulators: dict[str, Accumulator]) -> None:

@@ -8,6 +8,7 @@ Shapes: O out features, I in features, R LoRA rank.
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -16,7 +17,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .checkpoint import LoRAGAState, make_portable
+from .backends import broadcast, compute_device, full_tensor, rank, spread
+from .checkpoint.adapter_files import make_portable
+from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, write_factors
 from .estimation import (
     Accumulator,
@@ -72,7 +75,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 "discard what was trained since. Start from a fresh adapter, or merge this one first "
                 "(`model = model.merge_and_unload()`)."
             )
-        peft_model.lora_ga = state
+        peft_model.lora_ga = replace(state, launch=peft_model.lora_ga.launch)
         return adapter_name
     for other in peft_model.peft_config:
         if delta_layers(peft_model, other):
@@ -134,44 +137,82 @@ def initialize_lora_ga(
     num_items = count_label_tokens(peft_model, batches)
 
     started = time.perf_counter()
-    with peak_memory(peft_model.device) as peak:
+    with peak_memory(compute_device(next(peft_model.parameters()))) as peak:
         accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
-        estimate_gradients(
+        all_reduced_bytes = estimate_gradients(
             peft_model, layers, accumulators, batches, compute_loss or language_model_loss, num_items, disable_tqdm
         )
-        factors = {
-            # popped one by one, so that a layer's gradient is freed as soon as it is factored
-            name: factor_gradient(name, layer, accumulators.pop(name), adapter_name, config)
-            for name, layer in layers.items()
-        }
-        for name, layer in layers.items():
-            write_factors(layer, adapter_name, factors[name].a_RI, factors[name].b_OR)
+        alignment = write_all_factors(layers, accumulators, adapter_name, config)
 
     report = InitReport(
-        alignment={name: layer_factors.alignment for name, layer_factors in factors.items()},
+        alignment=alignment,
         num_items=num_items,
         seconds=time.perf_counter() - started,
         extra_peak_bytes=peak.extra_bytes,
+        all_reduced_bytes=all_reduced_bytes,
     )
     peft_model.lora_ga.report = report
     logger.info(report.summary())
     return report
 
 
+def write_all_factors(
+    layers: dict[str, LoraLayer], accumulators: dict[str, Accumulator], adapter_name: str, config: LoRAGAArguments
+) -> dict[str, float]:
+    """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
+
+    Nothing is written before all of this process's factors have been found.
+
+    Returns:
+        the alignment of each layer.
+    """
+    owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
+    found: dict[str, Factors] = {}
+    for name, layer in layers.items():
+        # Every process takes part in gathering a weight, one at a time; popped, so that each gradient is freed in turn.
+        weight = whole_weight(layer) if config.ga_scale == "weight_svd" else None
+        accumulator = accumulators.pop(name)
+        if owners[name] == rank():
+            found[name] = factor_gradient(name, layer, accumulator, adapter_name, config, weight)
+
+    alignment = {}
+    for name, layer in layers.items():
+        R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
+        device = compute_device(layer.lora_A[adapter_name].trainable)
+        flat = torch.empty(R * I + O * R + 1, device=device)
+        if name in found:
+            factors = found.pop(name)
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), torch.tensor([factors.alignment], device=device)]
+            torch.cat(parts, out=flat)
+        broadcast(flat, source=owners[name])
+        a, b, layer_alignment = flat.split([R * I, O * R, 1])
+        write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
+        alignment[name] = layer_alignment.item()
+    return alignment
+
+
+def whole_weight(layer: LoraLayer) -> Tensor:
+    """W of one layer as the forward pass sees it (O×I, or I×O in a Conv1D), dequantized and gathered, float32."""
+    return full_tensor(dequantize_module_weight(layer.get_base_layer())).detach().float()
+
+
 def factor_gradient(
-    name: str, layer: LoraLayer, accumulator: Accumulator, adapter_name: str, config: LoRAGAArguments
+    name: str,
+    layer: LoraLayer,
+    accumulator: Accumulator,
+    adapter_name: str,
+    config: LoRAGAArguments,
+    weight: Tensor | None = None,
 ) -> Factors:
-    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas."""
-    rank = layer.r[adapter_name]
+    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas. `weight` is for `weight_svd` only."""
+    R = layer.r[adapter_name]
     c = scale_factor(
         config.ga_scale,
         out_features=layer.out_features,
-        rank=rank,
+        rank=R,
         scaling=layer.scaling[adapter_name],
         gamma=config.ga_gamma,
-        weight_singular_values=lambda: torch.linalg.svdvals(
-            dequantize_module_weight(layer.get_base_layer()).detach().float()
-        ),
+        weight_singular_values=lambda: torch.linalg.svdvals(weight),
     )
     generator = torch.Generator().manual_seed(layer_seed(name, config.ga_seed))
-    return lora_ga_factors(accumulator.triplets(2 * rank), rank, config.ga_direction, c, generator)
+    return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, c, generator)

@@ -9,11 +9,14 @@ Shapes: O out features, I in features, T tokens.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from .backends import may_freeze_while_probing
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
 """Numeric attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
@@ -42,10 +45,14 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[Tensor]:
     """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in float32.
 
-    dy is the gradient at the output of the whole PEFT layer; with its adapter bypassed, that is the output of W.
+    dy is the gradient at the output of the whole PEFT layer; its adapter adds zero, so that is the gradient at the output
+    of W.
+
+    Yields:
+        the anchor of all taps: a backward that is to reach nothing else can ask for its gradient.
     """
     anchor = torch.zeros((), requires_grad=True)
 
@@ -62,7 +69,7 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
     with ExitStack() as stack:
         for name, receive in receivers.items():
             stack.callback(layers[name].register_forward_hook(tap(receive)).remove)
-        yield
+        yield anchor
 
 
 @contextmanager
@@ -131,21 +138,35 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
+def silent_parameters(
+    model: nn.Module, layers: dict[str, LoraLayer], anchor: Tensor
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
+    if may_freeze_while_probing(model):
+        with frozen_parameters(model), bypassed(layers):  # in this order: bypassing switches parameters on again
+            yield Tensor.backward
+    else:
+        yield partial(Tensor.backward, inputs=[anchor])
+
+
+@contextmanager
 def gradient_probe(
     model: nn.Module, layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]
-) -> Iterator[None]:
+) -> Iterator[Callable[[Tensor], None]]:
     """All of the above at once; everything they touch is restored on the way out, after an error too.
 
     Args:
         model: the module that runs (not its DDP or DeepSpeed wrapper), its LoRA-GA adapter at zero.
         layers: the adapted layers by name.
         receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), float32.
+
+    Yields:
+        the `backward(loss)` to use instead of `loss.backward()`.
     """
     with (
         preserved_rng(),
         noise_free_training_mode(model),
-        frozen_parameters(model),  # outside of `bypassed`, which switches parameters on again
-        bypassed(layers),
-        tapped(layers, receivers),
+        tapped(layers, receivers) as anchor,
+        silent_parameters(model, layers, anchor) as backward,
     ):
-        yield
+        yield backward

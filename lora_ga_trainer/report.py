@@ -14,12 +14,15 @@ class InitReport:
         seconds: wall time of the estimation and factorization.
         extra_peak_bytes: peak memory in use minus memory in use before, activations included; None where it cannot be
             measured.
+        all_reduced_bytes: for each pass, the bytes that every process put into the all-reduce of the gradients' sums;
+            zeros when there was one process.
     """
 
     alignment: dict[str, float]
     num_items: int
     seconds: float
     extra_peak_bytes: int | None
+    all_reduced_bytes: list[int]
 
     @property
     def alignment_mean(self) -> float:
@@ -40,6 +43,9 @@ class InitReport:
             if self.extra_peak_bytes is None
             else f"{self.extra_peak_bytes / 2**20:,.0f} MiB extra at the peak"
         )
+        if any(self.all_reduced_bytes):
+            mebibytes = ", ".join(f"{count / 2**20:,.2f}" for count in self.all_reduced_bytes)
+            memory += f", {mebibytes} MiB per process all-reduced in passes 1 to {len(self.all_reduced_bytes)}"
         return (
             f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} tokens in {self.seconds:.1f} s, "
             f"{memory}. Alignment with the full gradient: mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} "

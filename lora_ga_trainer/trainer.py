@@ -13,17 +13,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTTrainer
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
+from .backends import gather_objects, launch_of, rank, world_size
+from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
+from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, mark_incomplete
 from .initialization import attach_lora_ga, initialize_lora_ga
 from .probe import preserved_rng
 from .report import InitReport
@@ -54,14 +58,11 @@ class LoRAGAMixin:
         """To be called at the end of `__init__`: delta form now, factors when training begins.
 
         Raises:
-            NotImplementedError: the run is distributed.
+            ValueError: a launch that LoRA-GA does not support, or what `initialization.attach_lora_ga` raises.
         """
-        if self.accelerator.distributed_type != DistributedType.NO:
-            raise NotImplementedError(
-                f"This run is distributed ({self.accelerator.distributed_type.value}), but this version of LoRA-GA estimates "
-                "its gradient in one process only. Launch it with `accelerate launch --num_processes 1`."
-            )
+        launch = launch_of(self.accelerator)
         attach_lora_ga(self.model, self.args)
+        self.model.lora_ga.launch = launch
         self.add_callback(InitializeOnTrainBegin(self))
 
     @property
@@ -71,10 +72,10 @@ class LoRAGAMixin:
 
     def initialize_lora_ga(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
-        with preserved_rng(), self.unchanged_metrics():
+        with preserved_rng(), self.unchanged_metrics(), self.plain_token_mean():
             batches = self.sample_batches()
             # TRL divides the per-batch auxiliary loss of a Mixture-of-Experts model by this; Trainer sets it at each step
-            self.current_gradient_accumulation_steps = len(batches)
+            self.current_gradient_accumulation_steps = sum(gather_objects(len(batches)))
             report = initialize_lora_ga(
                 self.model,
                 batches,
@@ -85,18 +86,23 @@ class LoRAGAMixin:
         self.log(report.metrics())
 
     def sample_batches(self) -> list[dict[str, Tensor]]:
-        """`ga_num_samples` examples of the prepared training set, drawn with `ga_seed`, through the trainer's collator."""
+        """This process's share of `ga_num_samples` examples of the prepared training set, through the trainer's collator.
+
+        All processes draw the same examples with `ga_seed` and take every n-th of them, each from its own start.
+        """
         wanted = self.args.ga_num_samples
+        mine = slice(rank(), None, world_size())
         if isinstance(self.train_dataset, Dataset):
             order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.ga_seed))
-            examples = [self.train_dataset[index] for index in order[:wanted].tolist()]
+            drawn = order[:wanted].tolist()
+            examples = [self.train_dataset[index] for index in drawn[mine]]
         else:
             shuffled = self.train_dataset.shuffle(seed=self.args.ga_seed, buffer_size=max(wanted, SHUFFLE_BUFFER))
-            examples = list(shuffled.take(wanted))
-        if len(examples) < wanted:
+            drawn = list(shuffled.take(wanted))
+            examples = drawn[mine]
+        if len(drawn) < wanted and self.is_world_process_zero():
             logger.warning(
-                f"`ga_num_samples` is {wanted}, but the training set has only {len(examples)} examples. LoRA-GA uses all of "
-                "them."
+                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
         size = self.args.ga_batch_size or self._train_batch_size  # which `auto_find_batch_size` lowers
@@ -107,6 +113,64 @@ class LoRAGAMixin:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(num_items_in_batch))
+
+    @contextmanager
+    def plain_token_mean(self) -> Iterator[None]:
+        """`average_tokens_across_devices` multiplies the loss by the number of processes, to undo DDP's averaging of gradients.
+
+        The estimation sums over processes, so nothing is to be undone.
+        """
+        value = self.args.average_tokens_across_devices
+        try:
+            self.args.average_tokens_across_devices = False
+            yield
+        finally:
+            self.args.average_tokens_across_devices = value
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or not one of this run; also what `initialize_lora_ga` raises.
+        """
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_complete(Path(self.args.output_dir))
+            check_can_resume(self.model, Path(resume_from_checkpoint), self.model.lora_ga.launch)
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
+            # are in none of those; the adapter's files have all of it, in every backend.
+            name = self.model.lora_ga.adapter_name
+            self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
+
+        Every process has to call it.
+        """
+        self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            mark_incomplete(directory)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last that every process writes. After it come `trainer_state.json` and the removal of older checkpoints.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(output_dir))
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:

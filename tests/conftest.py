@@ -1,113 +1,21 @@
-"""Tiny models and data that every test file builds from. Nothing is downloaded."""
-
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import copy
+"""Fixtures over `tiny`."""
 
 import pytest
-import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from tiny import sft_arguments, word_problems, word_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from lora_ga_trainer import LoRAGASFTConfig
-
-VOCABULARY = 64
-
-CONFIGS = {
-    # hidden sizes that are not multiples of each other, so that a transposed shape cannot go unnoticed
-    "llama": lambda: LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=False,
-    ),
-    "llama_tied": lambda: LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True,
-    ),
-    "gpt2": lambda: GPT2Config(  # Conv1D: weights are stored I×O; dropout on, as GPT-2 comes
-        n_embd=48, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64,
-        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=1, eos_token_id=2,
-    ),
-    "qwen2": lambda: Qwen2Config(  # biases on q, k, v
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=64, attention_dropout=0.1,
-    ),
-}  # fmt: skip
-
-
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # from_config leaves biases at zero, where a lost bias would not show
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def tiny_batches(sizes=(4, 4), length: int = 20, seed: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Right-padded batches with prompts masked out; the same sum(sizes) examples however they are split."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for _ in range(sum(sizes)):
-        prompt, completion = torch.randint(2, 6, (2,), generator=generator).tolist()
-        ids = torch.randint(3, VOCABULARY, (prompt + 2 * completion,), generator=generator)
-        padding = length - len(ids)
-        examples.append(
-            {
-                "input_ids": torch.cat([ids, torch.zeros(padding, dtype=torch.long)]),
-                "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
-                "labels": torch.tensor([-100] * prompt + ids[prompt:].tolist() + [-100] * padding),
-            }
-        )
-    batches, start = [], 0
-    for size in sizes:
-        chunk = examples[start : start + size]
-        batches.append({key: torch.stack([example[key] for example in chunk]) for key in chunk[0]})
-        start += size
-    return batches
-
-
-def lora_config(**overrides) -> LoraConfig:
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        | overrides
-    )
-
-
-def peft_pair(family: str = "llama", dtype: torch.dtype = torch.float32, **lora):
-    """(PeftModel, an untouched copy of its base), both in eval mode."""
-    base = tiny_model(family, dtype).eval()
-    return get_peft_model(copy.deepcopy(base), lora_config(**lora)).eval(), base
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = [f"w{i}" for i in range(VOCABULARY - 4)]
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def prompt_completion() -> Dataset:
-    generator = torch.Generator().manual_seed(2)
-
-    def words(count):
-        return " ".join(f"w{i}" for i in torch.randint(0, VOCABULARY - 4, (count,), generator=generator).tolist())
-
-    return Dataset.from_list([{"prompt": words(3 + i % 3) + " ", "completion": words(4 + i % 5)} for i in range(24)])
+    return word_problems()
 
 
 @pytest.fixture
@@ -115,22 +23,6 @@ def sft_config(tmp_path):
     """A `LoRAGASFTConfig` for a few steps on the CPU; keyword arguments override."""
 
     def make(**overrides) -> LoRAGASFTConfig:
-        return LoRAGASFTConfig(
-            **{
-                "output_dir": str(tmp_path / "run"),
-                "max_steps": 4,
-                "per_device_train_batch_size": 4,
-                "learning_rate": 1e-3,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "bf16": False,
-                "use_cpu": True,
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                "ga_num_samples": 8,
-            }
-            | overrides
-        )
+        return LoRAGASFTConfig(**sft_arguments(tmp_path / "run", **overrides))
 
     return make

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 import pytest
-from conftest import lora_config
+from tiny import lora_config
 from peft import LoraConfig
 from trl import TrlParser
 

@@ -3,7 +3,7 @@
 import dense_reference
 import pytest
 import torch
-from conftest import CONFIGS, lora_config, peft_pair, tiny_batches
+from tiny import CONFIGS, lora_config, peft_pair, tiny_batches
 from torch import nn
 
 from lora_ga_trainer.delta import DeltaA, DeltaB, attach_delta_form, check_targets, lora_layers, write_factors

@@ -3,7 +3,7 @@
 import dense_reference
 import pytest
 import torch
-from conftest import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
+from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from peft import IA3Config, get_peft_model
 from test_probe import autograd_gradients, checkpointed
 from torch import nn

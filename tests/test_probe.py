@@ -6,7 +6,7 @@ import dense_reference
 import numpy as np
 import pytest
 import torch
-from conftest import peft_pair, tiny_batches
+from tiny import peft_pair, tiny_batches
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from answers import count_right, final_number
-from conftest import tiny_model
+from tiny import tiny_model
 from gsm_symbolic import gsm_symbolic
 from metamath import MathArguments, MathModelConfig, load_rows, prepare
 from peft import PeftModel

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import lora_config, tiny_model
+from tiny import lora_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
@@ -398,7 +398,7 @@ def test_resuming_what_is_not_ours(make_trainer, sft_config, prompt_completion, 
     plain = make_trainer(SFTTrainer, max_steps=2, save_strategy="steps", save_steps=1)
     plain.train()
     trainer = make_trainer(max_steps=2)
-    with pytest.raises(ValueError, match=r"checkpoint-1 has no lora_ga.json"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 has no readable lora_ga_files.json"):
         trainer.train(resume_from_checkpoint=f"{plain.args.output_dir}/checkpoint-1")
     trainer = make_trainer(max_steps=2)
     with pytest.raises(ValueError, match="nowhere"):

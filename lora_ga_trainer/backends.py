@@ -1,0 +1,225 @@
+"""What differs between one process, DDP, DeepSpeed ZeRO-1/2/3 and FSDP2. Nothing else here imports deepspeed or torch.distributed.
+
+What a run communicates for LoRA-GA, beyond what every forward and backward of its backend does:
+
+    1. counts        how many batches and label tokens each process has (a few integers)
+    2. sketches      one flat all-reduce per pass over the samples: `sum_over_processes`
+    3. factors       every process factors its share of the layers and broadcasts A0, B0: `spread`, `broadcast`
+
+Most rules go by the parameter, not by the launcher, so that they hold in a loop of one's own as well: a ZeRO-3 parameter is
+partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, any other is whole on every process (plain, DDP, ZeRO-1/2).
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The `value` of every process, by rank. For small things: it is pickled."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> int:
+    """Sum each tensor over all processes, in place, in one flat all-reduce.
+
+    Args:
+        tensors: of one dtype, on one device, of the same shapes on every process.
+
+    Returns:
+        the bytes that this process put into the all-reduce; 0 when it is alone.
+    """
+    if world_size() == 1:
+        return 0
+    tensors = list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return flat.numel() * flat.element_size()
+
+
+def spread(costs: dict[str, int]) -> dict[str, int]:
+    """The rank that does each task, so that the costliest process has as little as possible: largest task first."""
+    loads = [0] * world_size()
+    owners = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += costs[name]
+    return owners
+
+
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Overwrite `tensor` with that of rank `source`, so that all processes hold the same bits."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def is_zero3(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has partitioned `parameter`: outside of its gathering it is empty."""
+    if "deepspeed" not in sys.modules:  # then nothing is partitioned, and importing it would take seconds
+        return False
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    return is_zero_param(parameter)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, of which a ZeRO-3 process holds a flat part."""
+    return torch.Size(parameter.ds_shape) if is_zero3(parameter) else parameter.shape
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """The whole of one parameter, detached. Every process has to call it, in the same order.
+
+    A sharded parameter comes as a copy, which stands on every process until it is dropped.
+    """
+    if is_zero3(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    return parameter.detach()
+
+
+def write_parameter(parameter: Tensor, value: Tensor) -> None:
+    """Copy the whole `value` into `parameter`, cast to its dtype and sharded as it is. Every process calls it, with equal values.
+
+    The copies in fp32 that ZeRO keeps of *trainable* parameters are not refreshed. LoRA-GA writes frozen parameters, which
+    have none, and on resuming the values that the optimizer's restored state was saved with.
+    """
+    with torch.no_grad():
+        if is_zero3(parameter):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            # On leaving, rank 0's value goes to every process's part.
+            # Not `safe_set_full_fp32_param`: it leaves the weights of the forward pass as they were.
+            with GatheredParameters([parameter], modifier_rank=0):
+                if rank() == 0:
+                    parameter.copy_(value)
+            return
+        if isinstance(parameter, DTensor):
+            # Every process has the value: with `src_data_rank=None` it cuts its own shard, and nothing is sent.
+            value = value.to(parameter.device_mesh.device_type, parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where the forward pass uses `parameter`, which offloading may keep elsewhere."""
+    if is_zero3(parameter):
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
+        return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return parameter.device
+
+
+def may_freeze_while_probing(model: nn.Module) -> bool:
+    """Whether parameters may be frozen during the estimation. Everywhere they should be, but under FSDP2 they must not.
+
+    ZeRO: a gradient on a trainable parameter, reached by a backward that the engine did not start, is an assertion in
+    stages 2 and 3, or slips into the first training step. Frozen, its hooks stay silent.
+    FSDP2: each unsharded parameter takes `requires_grad` from the sharded one once, at the first forward; frozen then, it
+    would never train. There backward is told to compute no parameter's gradient instead, see `probe`.
+    """
+    return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+WHOLE_PARAMETERS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_HPU,
+)
+"""Every process has all of the model: one process, or DDP."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is spread over processes; decides whether another run can read its optimizer state."""
+
+    backend: str
+    """`DDP` (one process is a DDP of one), `ZeRO-0` to `ZeRO-3`, or `FSDP2`."""
+    world_size: int
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        return processes if self == Launch("DDP", 1) else f"{self.backend} over {processes}"
+
+
+def launch_of(accelerator: Accelerator) -> Launch:
+    """How this run was launched.
+
+    Raises:
+        ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, where LoRA-GA's estimation
+            has not been worked out.
+    """
+    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError(
+            "This run splits its model or its sequences over processes (tensor, context or sequence parallelism), but LoRA-GA "
+            "takes every process for one with examples of its own. Launch it with data parallelism only: DDP, DeepSpeed ZeRO "
+            "or FSDP2."
+        )
+    if kind in WHOLE_PARAMETERS:
+        return Launch("DDP", accelerator.num_processes)
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return Launch(f"ZeRO-{stage}", accelerator.num_processes)
+    if accelerator.is_fsdp2:
+        return Launch("FSDP2", accelerator.num_processes)
+    raise ValueError(
+        f"This run was launched with {kind.value}{' 1' if kind == DistributedType.FSDP else ''}, which LoRA-GA does not "
+        "support. Use one process, DDP, DeepSpeed ZeRO-1/2/3 or FSDP2 (`fsdp_version: 2` in accelerate's configuration)."
+    )
+
+
+def check_resumable_launch(saved: Launch, present: Launch) -> None:
+    """Whether `present` can read the optimizer state that `saved` wrote.
+
+    Raises:
+        ValueError: another backend, or another number of ZeRO processes.
+    """
+    same_files = saved.backend == present.backend
+    if same_files and (saved.backend in ("DDP", "FSDP2") or saved.world_size == present.world_size):
+        return
+    raise ValueError(
+        f"The checkpoint was saved by {saved}, and {present} cannot read its optimizer state. Resume with {saved}, or start "
+        "a new run from the exported weights (`python -m lora_ga_trainer.checkpoint --checkpoint_dir ... --out ... --merge`). "
+        "Only DDP, one process included, and FSDP2 can resume with another number of processes."
+    )

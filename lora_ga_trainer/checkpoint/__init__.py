@@ -1,0 +1,11 @@
+"""Checkpoints: ordinary adapters that also resume exactly.
+
+adapter_files   the rank-2R layout; saving, loading
+state           lora_ga.json: whose checkpoint it is
+completeness    lora_ga_files.json: whether it is whole
+exporting       from a checkpoint to a bare adapter or a merged model, in one process
+"""
+
+from .exporting import export
+
+__all__ = ["export"]

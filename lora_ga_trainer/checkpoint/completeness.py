@@ -1,0 +1,114 @@
+"""Which checkpoints are whole: a list of their files, written last, tells.
+
+A run may be killed at any moment, also while it saves. `lora_ga_files.json` is written when every process has written all of
+its files, and names them with their sizes. A `checkpoint-N` without it is half-written, or was not made to be resumed.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..backends import Launch, check_resumable_launch
+from .adapter_files import adapter_directory, check_adapter
+
+logger = logging.getLogger(__name__)
+
+FILES_FILE = "lora_ga_files.json"
+NOT_LISTED = (FILES_FILE, TRAINER_STATE_NAME, "README.md")
+"""`trainer_state.json` is written after the list, and checked by parsing it; a README may be edited."""
+
+
+def mark_incomplete(directory: Path) -> None:
+    """To be called before anything is written to `directory`, where an earlier run may have left a checkpoint."""
+    (directory / FILES_FILE).unlink(missing_ok=True)
+
+
+def mark_complete(directory: Path) -> None:
+    """To be called when every process has written its files; the list is whole or absent."""
+    sizes = {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in NOT_LISTED
+    }
+    unfinished = directory / f"{FILES_FILE}.part"
+    unfinished.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / FILES_FILE)
+
+
+def check_complete(directory: Path) -> None:
+    """Check that `directory` is a whole checkpoint.
+
+    Raises:
+        ValueError: it is none, or a file is missing or has another size than when it was saved.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"There is no checkpoint {directory}. Check the path.")
+    try:
+        sizes = json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory} has no readable {FILES_FILE}, so it cannot be resumed: the run was killed while it saved, or saved "
+            "with `save_only_model`, or is not one of a LoRA-GA trainer. Resume from another checkpoint; "
+            "`resume_from_checkpoint=True` takes the last complete one."
+        ) from error
+    for name, size in sizes.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise ValueError(
+                f"{path} {'is missing' if found is None else f'has {found:,} bytes'}, but {size:,} bytes were saved, so this "
+                "checkpoint is not complete. Resume from another one, or copy the file again from where it came."
+            )
+    try:
+        json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory / TRAINER_STATE_NAME} is missing or damaged ({error}), so this checkpoint is not complete. Resume "
+            "from another one."
+        ) from error
+
+
+def last_complete(output_dir: Path) -> Path:
+    """The complete `checkpoint-N` in `output_dir` with the largest N.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = {}
+    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdigit():
+            steps[int(step)] = path
+    for step in sorted(steps, reverse=True):
+        try:
+            check_complete(steps[step])
+        except ValueError as error:
+            logger.warning(f"Passing over an incomplete checkpoint. {error}")
+        else:
+            return steps[step]
+    raise ValueError(
+        f"{output_dir} has no complete checkpoint to resume from, {len(steps)} incomplete. Start from the beginning: leave out "
+        "`resume_from_checkpoint`."
+    )
+
+
+def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> None:
+    """Check all that can be known before anything is loaded: `directory` is whole and belongs to this run.
+
+    Raises:
+        ValueError: it is not complete, has other LoRA or `ga_*` settings, does not fit the model, or was saved by a launch
+            whose optimizer state this one cannot read.
+    """
+    check_complete(directory)
+    saved = check_adapter(peft_model, adapter_directory(directory, peft_model.lora_ga.adapter_name))
+    check_resumable_launch(saved.launch, launch)
+    if saved.launch != launch:
+        logger.warning(
+            f"{directory} was saved by {saved.launch}, this is {launch}: training goes on from its weights and optimizer "
+            "state, but with the examples dealt out differently, so not to the same numbers."
+        )

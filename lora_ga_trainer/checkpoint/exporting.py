@@ -1,0 +1,218 @@
+"""From a checkpoint to what one ships: the adapter alone, or the base model with the adapter merged into it.
+
+One process, no trainer, no model in memory: the base is read and written one file at a time.
+
+Shapes: O out features, I in features, R rank in the file (twice the one that trained).
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+BESIDE_WEIGHTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+    "vocab*", "merges.txt", "*.model", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""What a tokenizer or processor saves."""
+OF_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+PREFIX = "base_model.model."
+
+
+def export(
+    checkpoint_dir: str | Path, out: str | Path, merge: bool = False, *, base_model: str | Path | None = None
+) -> None:
+    """Write the adapter of `checkpoint_dir`, or the base model with it merged in, to the new folder `out`.
+
+    `out` appears when all of it is written, or not at all. The tokenizer goes along where the checkpoint has one.
+
+    Args:
+        checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
+        out: must not exist, or be empty.
+        merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files.
+        base_model: folder or hub name of the untouched base model, for `merge`. Default: what the adapter names.
+
+    Raises:
+        ValueError: `out` is in the way, a file is missing or damaged, or the adapter cannot be merged into the files of
+            this base model (quantized, not in safetensors, other layers).
+    """
+    checkpoint_dir, out = Path(checkpoint_dir), Path(out)
+    adapter = read_adapter(checkpoint_dir)
+    with complete_or_absent(out) as directory:
+        for pattern in BESIDE_WEIGHTS:
+            copy_matching(checkpoint_dir, pattern, directory)
+        if merge:
+            config = LoraConfig.from_pretrained(checkpoint_dir)
+            source = base_directory(base_model or config.base_model_name_or_path)
+            write_merged(source, directory, adapter, config)
+        else:
+            for name in ADAPTER_FILES:
+                shutil.copy(checkpoint_dir / name, directory / name)
+
+
+def read_adapter(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    for name in ADAPTER_FILES:
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{directory} has no {name}. Pass a `checkpoint-N`, or the folder that `save_model` wrote."
+            )
+    try:
+        return load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{directory / SAFETENSORS_WEIGHTS_NAME} is damaged ({error}). Use another checkpoint."
+        ) from error
+
+
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out` that becomes `out` on success and vanishes on failure.
+
+    Raises:
+        ValueError: `out` exists already and is not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already. Choose another folder, or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        directory = Path(temporary, out.name)
+        directory.mkdir()
+        yield directory
+        directory.replace(out)
+
+
+def copy_matching(source: Path, pattern: str, target: Path) -> None:
+    for path in source.glob(pattern):
+        (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target / path.relative_to(source))
+
+
+def base_directory(base_model: str | Path | None) -> Path:
+    """The folder with the base model's files, from the hub if need be.
+
+    Raises:
+        ValueError: it is not known, not found, or not in safetensors.
+    """
+    if not base_model:
+        raise ValueError("The adapter does not name its base model. Pass `base_model`.")
+    directory = Path(base_model)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(str(base_model), allow_patterns=[*OF_BASE, *BESIDE_WEIGHTS]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            raise ValueError(
+                f"The base model {base_model} is neither a folder nor to be had from the hub ({error}). Pass `base_model`."
+            ) from error
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{directory} has no .safetensors file, and no other format is read. Save the base model again with transformers' "
+            "`save_pretrained`."
+        )
+    return directory
+
+
+def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config: LoraConfig) -> None:
+    """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
+
+    Raises:
+        ValueError: the base is quantized, or something in the adapter has no counterpart in it.
+    """
+    model_config = AutoConfig.from_pretrained(source)
+    if "quantization_config" in model_config.to_dict():
+        raise ValueError(
+            f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
+            "export the adapter alone."
+        )
+    with torch.device("meta"):
+        skeleton = getattr(transformers, model_config.architectures[0]).from_config(model_config)
+    shards = sorted(source.glob("*.safetensors"))
+    pieces = by_base_weight(adapter, base_names(shards))
+    for pattern in OF_BASE:
+        if pattern != "*.safetensors":
+            copy_matching(source, pattern, target)
+    for pattern in BESIDE_WEIGHTS:  # the checkpoint's own, where it has them, go first
+        if not any(target.glob(pattern)):
+            copy_matching(source, pattern, target)
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            merged = {
+                name: merge_tensor(file.get_tensor(name), pieces.get(name, {}), config, skeleton)
+                for name in file.keys()  # noqa: SIM118 (not a dict)
+            }
+        save_file(merged, target / shard.name, metadata={"format": "pt"})
+
+
+def base_names(shards: list[Path]) -> set[str]:
+    names = set()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    """For each of the base's weights, what of the adapter goes into it: kind -> (module name, tensor).
+
+    A base's file may leave out the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
+
+    Raises:
+        ValueError: a part of the adapter goes nowhere.
+    """
+    pieces: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, value in adapter.items():
+        module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
+        wanted = f"{module}.{parameter}"
+        name = wanted if wanted in names else wanted.partition(".")[2]
+        if name not in names:
+            raise ValueError(
+                f"The adapter's {key} has no counterpart {wanted} in the base model's files, so it cannot be merged file by "
+                "file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
+        pieces.setdefault(name, {})[kind] = (module, value)
+    return pieces
+
+
+def merge_tensor(
+    base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
+) -> Tensor:
+    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), b0 + s·lora_B's bias, or what was trained instead of `base`."""
+    if "instead" in pieces:
+        return pieces["instead"][1].to(base.dtype)
+    if "lora_B" not in pieces:
+        return base
+    module, lora_B = pieces["lora_B"]
+    delta = scaling(config, module) * lora_B.float()
+    if "lora_A" in pieces:
+        delta = delta @ pieces["lora_A"][1].float()
+        if isinstance(skeleton.get_submodule(module), Conv1D):
+            delta = delta.T
+    return (base.float() + delta).to(base.dtype)
+
+
+def scaling(config: LoraConfig, module: str) -> float:
+    """s of one module, as PEFT computes it: α/√R with rsLoRA, else α/R."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

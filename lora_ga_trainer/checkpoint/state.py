@@ -1,0 +1,98 @@
+"""`lora_ga.json`: the settings and the result of a LoRA-GA run, beside its adapter's files."""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl
+from peft import LoraConfig
+
+from .._version import __version__
+from ..arguments import LoRAGAArguments
+from ..backends import Launch
+from ..report import InitReport
+
+STATE_FILE = "lora_ga.json"
+LORA_FIELDS = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+"""What a `LoraConfig` says about the parameters that train; a checkpoint made with others cannot be resumed."""
+WITHOUT_EFFECT = ("ga_batch_size",)
+"""Options that change no result, so that they may differ on resuming."""
+
+
+@dataclass
+class LoRAGAState:
+    """What `lora_ga.json` holds: enough to know whether a checkpoint belongs to a run. `peft_model.lora_ga` is one."""
+
+    adapter_name: str
+    lora: dict[str, Any]
+    """The fields of `LORA_FIELDS`, of the adapter that trains."""
+    options: dict[str, Any]
+    """The `ga_*` options."""
+    report: InitReport | None
+    """None until the adapter has been initialized."""
+    launch: Launch | None = None
+    """How the trainer that saves was launched; None in a loop of one's own."""
+
+    @classmethod
+    def before_init(cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments) -> "LoRAGAState":
+        # a set, as PEFT makes of some lists, would not survive JSON
+        values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
+        lora = {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in values.items()}
+        options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
+        return cls(adapter_name, lora, options, report=None)
+
+
+def write_state(directory: Path, state: LoRAGAState) -> None:
+    """Write `lora_ga.json` beside the adapter's files."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
+    document = asdict(state) | {"versions": {"lora_ga_trainer": __version__} | versions}
+    (directory / STATE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(directory: Path) -> LoRAGAState:
+    """The state that `write_state` wrote.
+
+    Raises:
+        ValueError: the file is missing or is none of ours.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} has no {STATE_FILE}, so it is no checkpoint of a LoRA-GA run and its two halves cannot be told "
+            "apart. Resume from a `checkpoint-N` that a LoRA-GA trainer wrote."
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document.pop("versions")
+        launch = document["launch"] and Launch(**document["launch"])
+        return LoRAGAState(**document | {"report": InitReport(**document["report"]), "launch": launch})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from where it came."
+        ) from error
+
+
+def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
+    """The state saved in `directory`, if it was made with the LoRA and `ga_*` settings of `state`.
+
+    Raises:
+        ValueError: naming the first setting that differs, with both values.
+    """
+    saved = read_state(directory)
+    for group in ("lora", "options"):
+        ours, theirs = getattr(state, group), getattr(saved, group)
+        for name in theirs:
+            if name not in WITHOUT_EFFECT and ours.get(name) != theirs[name]:
+                raise ValueError(
+                    f"`{name}` is {ours.get(name)!r}, but the checkpoint {directory} was made with {theirs[name]!r}. "
+                    "Resume with the settings of the checkpoint, or start a new run in another `output_dir`."
+                )
+    return saved
