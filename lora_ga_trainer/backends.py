@@ -1,4 +1,4 @@
-"""What differs between one process, DDP, DeepSpeed ZeRO-1/2/3 and FSDP2. Nothing else here imports deepspeed or torch.distributed.
+"""What differs between one process, DDP, DeepSpeed ZeRO-1/2/3 and FSDP2: nothing else imports deepspeed or torch.distributed.
 
 What a run communicates for LoRA-GA, beyond what every forward and backward of its backend does:
 
@@ -110,7 +110,9 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def write_parameter(parameter: Tensor, value: Tensor) -> None:
-    """Copy the whole `value` into `parameter`, cast to its dtype and sharded as it is. Every process calls it, with equal values.
+    """Copy the whole `value` into `parameter`, cast to its dtype and sharded as it is.
+
+    Every process has to call it, with equal values, in the same order.
 
     The copies in fp32 that ZeRO keeps of *trainable* parameters are not refreshed. LoRA-GA writes frozen parameters, which
     have none, and on resuming the values that the optimizer's restored state was saved with.

@@ -7,8 +7,9 @@ OUT/runs.json is a list of `Run`s, done one after another; rank 0 writes OUT/<na
 
 import json
 import os
+import shutil
+import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +17,18 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import peft_model as peft_model_module
 from tiny import lora_config, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, backends
+from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, backends
+from lora_ga_trainer import trainer as trainer_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
 from lora_ga_trainer.delta import delta_layers
 
-GLOBAL_BATCH = 4
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
+STEPS = 6
 
 
 @dataclass
@@ -34,9 +37,17 @@ class Run:
     model: str
     """Folder of the base model."""
     options: dict = field(default_factory=dict)
+    """Of `LoRAGASFTConfig`."""
     lora: dict = field(default_factory=dict)
     resume: str | bool | None = None
     examples: int = 24
+    """How many there are to train on."""
+    out_of_memory_above: int | None = None
+    """Training steps with more examples than this on a process fail as a GPU does."""
+    dies: str | None = None
+    """A key of `DEATHS`: the process kills itself there, as with `kill -9`."""
+    error: bool = False
+    """Whether a `ValueError` is expected; its text is the result."""
 
 
 def fsdp2_on_cpu() -> None:
@@ -55,87 +66,209 @@ def fsdp2_on_cpu() -> None:
     AcceleratorState.__init__ = init_with_fsdp
 
 
+# --- watching -------------------------------------------------------------------------------------------------------
+
+
+def standing_whole(model: torch.nn.Module) -> int:
+    """How many numbers of sharded parameters stand whole on this process right now.
+
+    A ZeRO-3 parameter is empty, and an FSDP2 parameter a `DTensor`, but while it is gathered.
+    """
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if not isinstance(parameter, DTensor)  # with DDP and ZeRO-1/2: everything, always
+    )
+
+
 class Observer(TrainerCallback):
-    """Looks at the initialized model before its first step."""
+    """Looks at the model while it estimates, before its first step, and while it trains."""
 
-    def __init__(self, trainer: LoRAGASFTTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: LoRAGASFTTrainer, run: Run):
+        self.trainer, self.run = trainer, run
+        self.phase, self.most_whole = "estimation", {"estimation": 0, "training": 0}
         self.seen = {}
+        for layer in delta_layers(trainer.model, "default").values():
+            layer.register_forward_hook(lambda *_: self.look())
+        for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
+            before(kind, "add", self.look)  # called in the backward
+        before(trainer, "compute_loss", self.look)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def look(self, *args, **kwargs) -> None:
+        self.most_whole[self.phase] = max(self.most_whole[self.phase], standing_whole(self.trainer.model))
+
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             return
         model, was_training = self.trainer.model, self.trainer.model.training
         with torch.no_grad():
             logits = model.eval()(INPUTS.to(args.device)).logits.cpu()
         model.train(was_training)
-        parts = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        self.phase = "training"
         self.seen = {
             "init_logits": logits,
             "gradients": [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()],
-            "local_share": {
-                name: (p.ds_tensor if backends.is_zero3(p) else p.to_local() if isinstance(p, DTensor) else p).numel()
-                / backends.full_shape(p).numel()
-                for name, p in parts.items()
+            "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+            "own_share": {
+                name: own_part(p).numel() / backends.full_shape(p).numel()
+                for name, p in model.named_parameters()
+                if "lora_" in name
             },
-            "available_after_init": [
-                n for n, p in model.named_parameters() if backends.is_zero3(p) and p.numel() and not p.ds_persist
-            ],
-            "requires_grad": [name for name, p in model.named_parameters() if p.requires_grad],
         }
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        limit = self.run.out_of_memory_above
+        if limit is not None and self.trainer._train_batch_size > limit:
+            raise RuntimeError("CUDA out of memory. (simulated)")
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of it."""
+    if backends.is_zero3(parameter):
+        return parameter.ds_tensor
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+# --- dying ----------------------------------------------------------------------------------------------------------
+
+
+def before(owner: object, name: str, act) -> None:
+    """Call `act` with the arguments of every call of `owner.name` before that goes on."""
+    function = getattr(owner, name)
+
+    def acting_first(*args, **kwargs):
+        act(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, acting_first)
+
+
+def die(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half_and_die(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+    die()
+
+
+def die_while_writing(owner: object, name: str, path_of) -> None:
+    """`owner.name` writes the file `path_of(args)`; in `checkpoint-4` half of it, then the process is gone."""
+    function = getattr(owner, name)
+
+    def writing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if "checkpoint-4" in str(path_of(args)):
+            write_half_and_die(path_of(args))
+        return result
+
+    setattr(owner, name, writing)
+
+
+def in_estimation() -> None:
+    calls = []
+    before(accumulator.ExactGradient, "add", lambda *_: calls.append(1) if len(calls) < 20 else die())
+
+
+def in_training() -> None:
+    before(LoRAGASFTTrainer, "training_step", lambda self, *_, **__: die() if self.state.global_step == 3 else None)
+
+
+def on_another_process() -> None:
+    """Only rank 1 dies, and its random state in `checkpoint-4` is missing."""
+    before(
+        LoRAGASFTTrainer,
+        "_save_rng_state",
+        lambda self, path: die() if backends.rank() == 1 and "checkpoint-4" in path else None,
+    )
+
+
+DEATHS = {
+    "in the estimation": in_estimation,
+    "in training": in_training,
+    "in the adapter file": lambda: die_while_writing(peft_model_module, "safe_save_file", lambda args: args[1]),
+    "in the optimizer file": lambda: die_while_writing(torch, "save", lambda args: args[1]),
+    "before the list of files": lambda: before(
+        trainer_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
+    ),
+    "in the list of files": lambda: before(
+        os, "replace", lambda part, to: write_half_and_die(part) if "checkpoint-4" in str(part) else None
+    ),
+    "in removing the older checkpoint": lambda: before(
+        shutil,
+        "rmtree",
+        lambda path, **_: (Path(path, "optimizer.pt").unlink(), die()) if "checkpoint-2" in str(path) else None,
+    ),
+    "on another process": on_another_process,
+}
+
+
+# --- running --------------------------------------------------------------------------------------------------------
 
 
 def execute(run: Run, output_dir: Path) -> dict:
     """Train as `run` says; what came of it, whole tensors on the CPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    options = {"max_steps": 6, "per_device_train_batch_size": GLOBAL_BATCH // world, "ga_estimator": "exact", "seed": 3}
-    options |= {"model_init_kwargs": {"dtype": "float32"}}
+    options = {"max_steps": STEPS, "per_device_train_batch_size": 4 // world, "ga_estimator": "exact", "seed": 3}
+    # DeepSpeed takes the CPU because it finds no GPU; told to use it, accelerate would leave out DeepSpeed
     options |= {"ddp_backend": "gloo", "use_cpu": not deepspeed} if world > 1 else {}
-    args = LoRAGASFTConfig(**sft_arguments(output_dir, **options | run.options))
     trainer = LoRAGASFTTrainer(
         model=run.model,
-        args=args,
+        args=LoRAGASFTConfig(
+            **sft_arguments(output_dir, model_init_kwargs={"dtype": "float32"}, **options | run.options)
+        ),
         train_dataset=word_problems().select(range(run.examples)),
+        eval_dataset=word_problems().select(range(4)),
         processing_class=word_tokenizer(),
         peft_config=lora_config(**run.lora),
     )
-    observer = Observer(trainer)
+    if run.dies:
+        DEATHS[run.dies]()
+    observer = Observer(trainer, run)
     trainer.add_callback(observer)
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.resume)
-    seconds = time.perf_counter() - started
+
     adapter = adapter_state_dict(trainer.model)
-    factors = {name: value for name, value in adapter.items() if name.endswith(".frozen")}
-    digests = backends.gather_objects(sum(value.view(torch.int32).long().sum().item() for value in factors.values()))
+    bits = sum(value.view(torch.int32).long().sum().item() for value in adapter.values())
     trainer.save_model(str(output_dir / "final"))
+    with torch.no_grad():
+        final_logits = trainer.model.eval()(INPUTS.to(trainer.args.device)).logits.cpu()
     return {
         "launch": trainer.model.lora_ga.launch,
-        "dist_backend": dist.get_backend() if dist.is_initialized() else None,
-        "wrapped": type(trainer.model_wrapped).__name__,
+        "communication": dist.get_backend() if dist.is_initialized() else None,
+        "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "eval_losses": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
+        "initializations": sum("ga/alignment_mean" in entry for entry in trainer.state.log_history),
         "report": trainer.lora_ga_report,
         "adapter": adapter,
-        "layers": list(delta_layers(trainer.model, "default")),
-        "digests": digests,
-        "seconds": seconds,
+        "bits": backends.gather_objects(bits),
+        "most_whole": observer.most_whole,
+        "final_logits": final_logits,
+        "batch_size": trainer._train_batch_size,
+        "output_dir": str(output_dir),
         **observer.seen,
     }
 
 
-def main(out: Path, runs: list[Run]) -> None:
+def main(out: Path) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp2_on_cpu()
-    for run in runs:
-        torch.manual_seed(0)
-        found = execute(run, out / run.name)
-        if int(os.environ["RANK"]) == 0:
+    for values in json.loads((out / "runs.json").read_text()):
+        run = Run(**values)
+        try:
+            found = execute(run, out / run.name)
+        except ValueError as error:
+            if not run.error:
+                raise
+            found = {"error": str(error)}
+        if int(os.environ.get("RANK", 0)) == 0:
             torch.save(found, out / f"{run.name}.pt")
-        print(f"{run.name}: done on rank {os.environ['RANK']}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    main(out, [Run(**values) for values in json.loads((out / "runs.json").read_text())])
+    main(Path(sys.argv[1]))

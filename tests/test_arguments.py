@@ -3,8 +3,8 @@
 from dataclasses import fields
 
 import pytest
-from tiny import lora_config
 from peft import LoraConfig
+from tiny import lora_config
 from trl import TrlParser
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig

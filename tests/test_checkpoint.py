@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from tiny import lora_config, peft_pair, tiny_batches
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import lora_config, peft_pair, tiny_batches
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import portable_config

@@ -3,9 +3,9 @@
 import dense_reference
 import pytest
 import torch
-from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from peft import IA3Config, get_peft_model
 from test_probe import autograd_gradients, checkpointed
+from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga

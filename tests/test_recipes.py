@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from answers import count_right, final_number
-from tiny import tiny_model
 from gsm_symbolic import gsm_symbolic
 from metamath import MathArguments, MathModelConfig, load_rows, prepare
 from peft import PeftModel
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import lora_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import lora_config, tiny_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 

@@ -1,0 +1,98 @@
+"""Starts real processes with accelerate's own launcher and collects what `backend_worker` wrote."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from backend_worker import Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("backend_worker.py")
+SECONDS = 600
+"""A launch that hangs is a failure; the longest, the first that compiles DeepSpeed's CPU communication, takes two minutes."""
+
+
+def environment() -> dict[str, str]:
+    # one thread each: two processes share two cores, and the order of sums does not depend on the machine
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def command(config: str, out: Path, *options: str) -> list[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"accelerate_configs/cpu/{config}.yaml",
+    ]
+    return [*launcher, *options, str(WORKER), str(out)]
+
+
+def write_runs(runs: list[Run], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
+
+
+def results(runs: list[Run], out: Path) -> dict[str, dict]:
+    return {run.name: torch.load(out / f"{run.name}.pt", weights_only=False) for run in runs}
+
+
+def launch(config: str, runs: list[Run], out: Path) -> dict[str, dict]:
+    """The results of `runs`, done by the 2 processes of `accelerate_configs/cpu/<config>.yaml`.
+
+    Raises:
+        RuntimeError: with the end of what the processes said, if one failed.
+    """
+    write_runs(runs, out)
+    arguments = command(config, out, "--main_process_port", str(free_port()))
+    finished = subprocess.run(
+        arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    if finished.returncode:
+        said = [line for line in finished.stderr.splitlines() if line.startswith("[rank") or "Error" in line]
+        raise RuntimeError(f"{config} failed:\n" + "\n".join(said[-60:]))
+    return results(runs, out)
+
+
+def launch_and_die(runs: list[Run], out: Path, config: str | None = None) -> int:
+    """Start `runs`, one of which kills its process; the launcher's exit status, negative for a signal.
+
+    In one process of its own if `config` is None.
+    """
+    write_runs(runs, out)
+    arguments = [sys.executable, str(WORKER), str(out)]
+    if config:
+        arguments = command(config, out, "--main_process_port", str(free_port()))
+    return subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, timeout=SECONDS).returncode
+
+
+def launch_on_two_machines(config: str, runs: list[Run], out: Path) -> dict[str, dict]:
+    """The results of `runs`, done under two launchers that meet over the network, one process each."""
+    write_runs(runs, out)
+    port = str(free_port())
+    agents = [
+        subprocess.Popen(
+            command(config, out, "--machine_rank", str(machine), "--main_process_port", port),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for machine in range(2)
+    ]
+    said = [agent.communicate(timeout=SECONDS)[0] for agent in agents]
+    if any(agent.returncode for agent in agents):
+        raise RuntimeError(f"{config} on two machines failed:\n{said[0][-5000:]}\n{said[1][-5000:]}")
+    return results(runs, out)
