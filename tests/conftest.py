@@ -1,8 +1,9 @@
 """Fixtures over `tiny`."""
 
 import pytest
+import torch
 from datasets import Dataset
-from tiny import sft_arguments, word_problems, word_tokenizer
+from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lora_ga_trainer import LoRAGASFTConfig
@@ -26,3 +27,19 @@ def sft_config(tmp_path):
         return LoRAGASFTConfig(**sft_arguments(tmp_path / "run", **overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    """What torch does in the processes that `launching` starts, so that results can agree to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

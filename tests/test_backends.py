@@ -1,10 +1,13 @@
 """Invariants 1, 3, 4, 5 and 6 on two real processes: every backend gives the same factors, losses and files as one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from backend_worker import INPUTS, STEPS, Run, execute
 from launching import launch, launch_on_two_machines
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +46,14 @@ def make_runs(model: str) -> list[Run]:
         Run("accumulation", model, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {"r": 2}),
         # each process averages over its own tokens; the estimation still averages over all of them
         Run("own_average", model, {"average_tokens_across_devices": False, "ga_scale": "weight_svd"}, {"r": 2}),
+        # the largest loss as the best: that of the first checkpoint
+        Run(
+            "best",
+            model,
+            {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+            | {"load_best_model_at_end": True, "greater_is_better": True},
+            {"r": 2},
+        ),
         # one process has no sample at all
         Run("one_sample", model, {"ga_num_samples": 1, "max_steps": 1}, {"r": 1}),
     ]
@@ -51,13 +62,6 @@ def make_runs(model: str) -> list[Run]:
 def smaller_batch(model: str) -> Run:
     """The first attempt at a step fails, after the initialization."""
     return Run("smaller_batch", model, {"auto_find_batch_size": True}, {"r": 2}, out_of_memory_above=1)
-
-
-@pytest.fixture(scope="session")
-def base_model(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_model().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +186,17 @@ def test_no_more_of_the_model_stands_whole_than_in_training(launched, backend, n
     assert 0 < whole["estimation"] <= whole["training"]
     if backend in SHARDED and name == "plain":  # with checkpointing DeepSpeed itself has all of it stand
         assert whole["training"] < sum(parameter.numel() for parameter in tiny_model().parameters())
+
+
+def test_the_best_model_is_loaded_at_the_end(launched):
+    found = launched["best"]
+    assert found["eval_losses"][0] == max(found["eval_losses"])
+    run = Path(found["output_dir"])
+    tensors = {
+        name: load_file(run / name / "adapter_model.safetensors") for name in ("final", "checkpoint-2", "checkpoint-6")
+    }
+    assert all(torch.equal(value, tensors["checkpoint-2"][key]) for key, value in tensors["final"].items())
+    assert not all(torch.equal(value, tensors["checkpoint-6"][key]) for key, value in tensors["final"].items())
 
 
 def test_only_the_sketches_are_all_reduced(launched):
