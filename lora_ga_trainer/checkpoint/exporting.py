@@ -50,7 +50,7 @@ def export(
 
     Raises:
         ValueError: `out` is in the way, a file is missing or damaged, or the adapter cannot be merged into the files of
-            this base model (quantized, not in safetensors, other layers).
+            this base model (quantized, not in safetensors, other layers or shapes).
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
     adapter = read_adapter(checkpoint_dir)
@@ -145,7 +145,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
             "export the adapter alone."
         )
     with torch.device("meta"):
-        skeleton = getattr(transformers, model_config.architectures[0]).from_config(model_config)
+        skeleton = getattr(transformers, model_config.architectures[0])(model_config)
     shards = sorted(source.glob("*.safetensors"))
     pieces = by_base_weight(adapter, base_names(shards))
     for pattern in OF_BASE:
@@ -183,7 +183,7 @@ def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dic
     for key, value in adapter.items():
         module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
         module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
-        wanted = f"{module}.{parameter}"
+        wanted = f"{module.removesuffix('.base_layer')}.{parameter}"  # a bias trained beside the adapter
         name = wanted if wanted in names else wanted.partition(".")[2]
         if name not in names:
             raise ValueError(
@@ -197,18 +197,32 @@ def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dic
 def merge_tensor(
     base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
 ) -> Tensor:
-    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), b0 + s·lora_B's bias, or what was trained instead of `base`."""
-    if "instead" in pieces:
-        return pieces["instead"][1].to(base.dtype)
-    if "lora_B" not in pieces:
+    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), b0 + s·lora_B's bias, or what was trained instead of `base`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not pieces:
         return base
+    if "instead" in pieces:
+        _check_shape(*pieces["instead"], base)
+        return pieces["instead"][1].to(base.dtype)
     module, lora_B = pieces["lora_B"]
     delta = scaling(config, module) * lora_B.float()
     if "lora_A" in pieces:
         delta = delta @ pieces["lora_A"][1].float()
         if isinstance(skeleton.get_submodule(module), Conv1D):
             delta = delta.T
+    _check_shape(module, delta, base)
     return (base.float() + delta).to(base.dtype)
+
+
+def _check_shape(module: str, found: Tensor, base: Tensor) -> None:
+    if found.shape != base.shape:
+        raise ValueError(
+            f"The adapter's {module} is for a weight of shape {list(found.shape)}, the base model's has {list(base.shape)}. "
+            "Pass the model that the adapter was trained on as `base_model`."
+        )
 
 
 def scaling(config: LoraConfig, module: str) -> float:
