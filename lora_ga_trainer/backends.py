@@ -211,6 +211,19 @@ def launch_of(accelerator: Accelerator) -> Launch:
     )
 
 
+def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
+    """Refuse reentrant gradient checkpointing under FSDP2: it runs no backward that is limited to some inputs.
+
+    Raises:
+        ValueError: both are on.
+    """
+    if launch.backend == "FSDP2" and use_reentrant:
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. Leave it "
+            "out: without it checkpointing is not reentrant, which is what PyTorch recommends."
+        )
+
+
 def check_resumable_launch(saved: Launch, present: Launch) -> None:
     """Whether `present` can read the optimizer state that `saved` wrote.
 

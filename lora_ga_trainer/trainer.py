@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTTrainer
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
-from .backends import gather_objects, launch_of, rank, world_size
+from .backends import check_checkpointing, gather_objects, launch_of, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, mark_incomplete
 from .initialization import attach_lora_ga, initialize_lora_ga
@@ -61,6 +61,8 @@ class LoRAGAMixin:
             ValueError: a launch that LoRA-GA does not support, or what `initialization.attach_lora_ga` raises.
         """
         launch = launch_of(self.accelerator)
+        how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
+        check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         attach_lora_ga(self.model, self.args)
         self.model.lora_ga.launch = launch
         self.add_callback(InitializeOnTrainBegin(self))

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from peft import peft_model as peft_model_module
 from tiny import lora_config, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, training_args
 
 from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, backends
 from lora_ga_trainer import trainer as trainer_module
@@ -66,6 +66,11 @@ def fsdp2_on_cpu() -> None:
     AcceleratorState.__init__ = init_with_fsdp
 
 
+def bf16_with_deepspeed_on_cpu() -> None:
+    """transformers wants a GPU for bf16 or `use_cpu`, and `use_cpu` leaves out DeepSpeed, which itself has bf16 on CPUs."""
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
@@ -101,12 +106,20 @@ class Observer(TrainerCallback):
         if state.global_step:
             return
         model, was_training = self.trainer.model, self.trainer.model.training
-        with torch.no_grad():
+        layers = delta_layers(model, "default").values()
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
             logits = model.eval()(INPUTS.to(args.device)).logits.cpu()
+            for layer in layers:
+                layer._disable_adapters = True  # not `disable_adapter()`, which switches `requires_grad` too
+            base_logits = model(INPUTS.to(args.device)).logits.cpu()
+            for layer in layers:
+                layer._disable_adapters = False
         model.train(was_training)
         self.phase = "training"
         self.seen = {
             "init_logits": logits,
+            "base_logits": base_logits,
+            "dtypes": {name: str(p.dtype) for name, p in model.named_parameters() if "lora_" in name},
             "gradients": [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()],
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "own_share": {
@@ -212,13 +225,12 @@ def execute(run: Run, output_dir: Path) -> dict:
     world = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     options = {"max_steps": STEPS, "per_device_train_batch_size": 4 // world, "ga_estimator": "exact", "seed": 3}
+    options |= {"model_init_kwargs": {"dtype": "float32"}}
     # DeepSpeed takes the CPU because it finds no GPU; told to use it, accelerate would leave out DeepSpeed
     options |= {"ddp_backend": "gloo", "use_cpu": not deepspeed} if world > 1 else {}
     trainer = LoRAGASFTTrainer(
         model=run.model,
-        args=LoRAGASFTConfig(
-            **sft_arguments(output_dir, model_init_kwargs={"dtype": "float32"}, **options | run.options)
-        ),
+        args=LoRAGASFTConfig(**sft_arguments(output_dir, **options | run.options)),
         train_dataset=word_problems().select(range(run.examples)),
         eval_dataset=word_problems().select(range(4)),
         processing_class=word_tokenizer(),
@@ -256,6 +268,8 @@ def execute(run: Run, output_dir: Path) -> dict:
 def main(out: Path) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp2_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        bf16_with_deepspeed_on_cpu()
     for values in json.loads((out / "runs.json").read_text()):
         run = Run(**values)
         try:
@@ -267,7 +281,12 @@ def main(out: Path) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(found, out / f"{run.name}.pt")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        # Not the interpreter's own end: with gloo it aborts now and then ("terminate called without an active exception"),
+        # when all is done.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,32 @@ def command(config: str, out: Path, *options: str) -> list[str]:
     return [*launcher, *options, str(WORKER), str(out)]
 
 
+def torchrun(worker: str, out: Path) -> list[dict]:
+    """What each of 2 processes of the script `worker` wrote to OUT/<rank>.pt."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    finished = subprocess.run(
+        [*launcher, str(WORKER.with_name(worker)), str(out)],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    if finished.returncode:
+        raise RuntimeError(f"{worker} failed:\n{errors_in(finished.stderr)}")
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def errors_in(said: str) -> str:
+    """The end of the processes' own tracebacks, without the launcher's."""
+    lines = [line for line in said.splitlines() if line.startswith("[rank") or "Error" in line]
+    return "\n".join(lines[-60:])
+
+
 def write_runs(runs: list[Run], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
@@ -60,8 +86,7 @@ def launch(config: str, runs: list[Run], out: Path) -> dict[str, dict]:
         arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=SECONDS
     )
     if finished.returncode:
-        said = [line for line in finished.stderr.splitlines() if line.startswith("[rank") or "Error" in line]
-        raise RuntimeError(f"{config} failed:\n" + "\n".join(said[-60:]))
+        raise RuntimeError(f"{config} failed:\n{errors_in(finished.stderr)}")
     return results(runs, out)
 
 
@@ -94,5 +119,5 @@ def launch_on_two_machines(config: str, runs: list[Run], out: Path) -> dict[str,
     ]
     said = [agent.communicate(timeout=SECONDS)[0] for agent in agents]
     if any(agent.returncode for agent in agents):
-        raise RuntimeError(f"{config} on two machines failed:\n{said[0][-5000:]}\n{said[1][-5000:]}")
+        raise RuntimeError(f"{config} on two machines failed:\n{errors_in(said[0])}\n{errors_in(said[1])}")
     return results(runs, out)

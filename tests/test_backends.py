@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from backend_worker import INPUTS, STEPS, Run, execute
-from launching import launch, launch_on_two_machines
+from launching import launch, launch_on_two_machines, torchrun
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import peft_pair, tiny_batches, tiny_model
 from transformers import AutoModelForCausalLM
 
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.backends import Launch
 
 BACKENDS = {
@@ -78,6 +79,12 @@ def references(base_model, tmp_path_factory) -> dict[str, dict]:
 NAMES = [run.name for run in make_runs("")]
 
 
+def bf16(model: str) -> Run:
+    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    in_bf16 = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}, "learning_rate": 1e-2}
+    return Run("bf16", model, saving | in_bf16, {"r": 2})
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request) -> str:
     return request.param
@@ -87,12 +94,12 @@ def backend(request) -> str:
 def launched(backend, base_model, tmp_path_factory) -> dict[str, dict]:
     """All runs under one backend, and two of them resumed at half-time by new processes."""
     out = tmp_path_factory.mktemp(backend)
-    runs = make_runs(base_model)
+    runs = [*make_runs(base_model), bf16(base_model)]
     if not backend.startswith("zero3"):  # where Trainer refuses `auto_find_batch_size`
         runs.append(smaller_batch(base_model))
     found = launch(backend, runs, out)
     resumed = []
-    for run in runs[:2]:
+    for run in [*runs[:2], bf16(base_model)]:
         checkpoint = out / run.name / f"checkpoint-{STEPS // 2}"
         resumed.append(Run(f"{run.name}_resumed", run.model, run.options, run.lora, resume=str(checkpoint)))
     return found | launch(backend, resumed, out)
@@ -110,6 +117,13 @@ def test_at_init_the_logits_are_the_base_models(launched, base_model, name):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(base_model).eval()(INPUTS).logits
     assert torch.equal(launched[name]["init_logits"], logits)
+
+
+def test_at_init_in_bf16_the_logits_are_the_base_models(launched, backend):
+    """Each backend has its own mixed precision; within it the adapter adds nothing."""
+    found = launched["bf16"]
+    assert torch.equal(found["init_logits"], found["base_logits"])
+    assert abs(found["losses"][0] - found["losses"][-1]) > 0.01, "nothing was learned"
 
 
 def factor_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
@@ -146,7 +160,7 @@ def test_the_loss_curve_is_that_of_one_process(launched, references, name):
     assert abs(found[0] - found[1]) > 10 * LOSS_TOLERANCE, "the curve is flat, so that it shows nothing"
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "bf16"])
 def test_resuming_is_the_uninterrupted_run(launched, name):
     """To the bit: a new process does the same operations in the same order."""
     whole, resumed = launched[name], launched[f"{name}_resumed"]
@@ -213,6 +227,34 @@ def test_running_out_of_memory_keeps_the_initialization(launched, references, ba
     found = launched["smaller_batch"]
     assert found["batch_size"] == 1 and len(found["losses"]) == STEPS
     assert factor_error(found["adapter"], references["plain"]["adapter"]) < FACTOR_TOLERANCE
+
+
+def test_reentrant_checkpointing_under_fsdp2_is_refused(base_model, tmp_path):
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    found = launch("fsdp2", [Run("reentrant", base_model, reentrant, error=True)], tmp_path)
+    assert "'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2" in found["reentrant"]["error"]
+
+
+@pytest.fixture(scope="module")
+def own_loops(tmp_path_factory) -> list[dict]:
+    return torchrun("own_loop_worker.py", tmp_path_factory.mktemp("own_loop"))
+
+
+@pytest.mark.parametrize("name", ["uneven", "one has none", "ZeRO-3", "FSDP2"])
+def test_a_loop_of_ones_own(own_loops, name):
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches((8,)), LoRAGAArguments(ga_estimator="exact"), disable_tqdm=True)
+    reference = {key: value for key, value in model.state_dict().items() if key.endswith("frozen")}
+    first, second = own_loops
+    assert first["world_size"] == 2
+    assert factor_error(first[name], reference) < FACTOR_TOLERANCE
+    assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
+
+
+def test_an_error_on_one_process_is_raised_on_all(own_loops):
+    for found in own_loops:
+        assert found["nan"].startswith("The loss of batch 0 for LoRA-GA on process 1 is nan")
+        assert found["nothing"].startswith("LoRA-GA got no batch")
 
 
 def test_two_launchers_meet(base_model, references, tmp_path):

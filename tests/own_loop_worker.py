@@ -1,0 +1,98 @@
+"""`initialize_lora_ga` in a loop of one's own, on two processes: no Trainer, no accelerate, torchrun alone.
+
+torchrun --nproc_per_node 2 tests/own_loop_worker.py OUT
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tiny import peft_pair, tiny_batches
+from torch.distributed.fsdp import fully_shard
+
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.backends import full_tensor
+from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
+from lora_ga_trainer.estimation import language_model_loss
+from lora_ga_trainer.initialization import attach_lora_ga
+
+CONFIG = LoRAGAArguments(ga_estimator="exact")
+ZERO3 = Path(__file__).resolve().parents[1] / "accelerate_configs/cpu/zero3.json"
+
+
+def batches_of(rank: int) -> list[dict[str, torch.Tensor]]:
+    """8 examples, dealt out unevenly: 3 batches here, 1 there."""
+    first, second, third, fourth = tiny_batches((1, 2, 3, 2))
+    return [[first, second, third], [fourth]][rank]
+
+
+def initialized(model, batches, **kwargs) -> dict[str, torch.Tensor]:
+    initialize_lora_ga(model, batches, CONFIG, disable_tqdm=True, **kwargs)
+    return {name: value for name, value in adapter_state_dict(model).items() if name.endswith("frozen")}
+
+
+def refused(model, batches, **kwargs) -> str:
+    """The error, and nothing written."""
+    try:
+        initialized(model, batches, **kwargs)
+    except ValueError as error:
+        assert not any(full_tensor(p).any() for n, p in model.named_parameters() if n.endswith("frozen"))
+        return str(error)
+    raise AssertionError("no error")
+
+
+def nan_on_the_second(model, batch, num_items):
+    loss = language_model_loss(model, batch, num_items)
+    return loss * float("nan") if dist.get_rank() == 1 else loss
+
+
+def in_zero3(rank: int) -> dict[str, torch.Tensor]:
+    model, _ = peft_pair()
+    attach_lora_ga(model, CONFIG)  # before the engine takes the parameters
+    config = json.loads(ZERO3.read_text()) | {
+        "bf16": {"enabled": False},
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return initialized(engine.module, batches_of(rank))
+
+
+def in_fsdp2(rank: int) -> dict[str, torch.Tensor]:
+    model, _ = peft_pair()
+    attach_lora_ga(model, CONFIG)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return initialized(model, batches_of(rank))
+
+
+def main(out: Path) -> None:
+    deepspeed.init_distributed("gloo")
+    rank = dist.get_rank()
+    nothing: list = []
+    found = {
+        "world_size": dist.get_world_size(),
+        "uneven": initialized(peft_pair()[0], batches_of(rank)),
+        "one has none": initialized(peft_pair()[0], tiny_batches((5, 3)) if rank == 1 else nothing),
+        "ZeRO-3": in_zero3(rank),
+        "FSDP2": in_fsdp2(rank),
+        "nan": refused(peft_pair()[0], batches_of(rank), compute_loss=nan_on_the_second),
+        "nothing": refused(peft_pair()[0], nothing),
+    }
+    torch.save(found, out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # see backend_worker
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
