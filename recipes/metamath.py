@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from answers import count_right, final_number
 from datasets import Dataset, load_dataset
 from demo_model import demo_model_path
@@ -120,7 +121,7 @@ def prepare(
     held_out = rows.select(range(min(args.eval_size, len(rows))))
     train = rows.select(range(len(held_out), min(len(held_out) + args.train_size, len(rows))))
     kept += [("held out", len(held_out)), ("to train on", len(train))]
-    print("Rows: " + ", ".join(f"{count:,} {what}" for what, count in kept) + ".")
+    PartialState().print("Rows: " + ", ".join(f"{count:,} {what}" for what, count in kept) + ".")
     if not len(train):
         raise ValueError("No row is left to train on. Raise `max_length`, lower `eval_size`, or check `type_contains`.")
     return train, held_out
@@ -129,7 +130,10 @@ def prepare(
 def main(args: MathArguments, training_args: LoRAGASFTConfig, model_args: MathModelConfig) -> None:
     if training_args.world_size == 1 and training_args.device.type == "cpu":
         torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
-    model_args.model_name_or_path = model_args.model_name_or_path or demo_model_path()
+    if model_args.model_name_or_path is None:
+        with training_args.main_process_first():  # it makes the copy that the others read
+            model_args.model_name_or_path = demo_model_path()
+    training_args.eval_on_start = True
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out = prepare(
         load_rows(args, training_args.seed), tokenizer, args, training_args.max_length, training_args.seed
@@ -149,24 +153,26 @@ def main(args: MathArguments, training_args: LoRAGASFTConfig, model_args: MathMo
         peft_config=get_peft_config(model_args),
     )
 
-    before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
-    print(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")
+    say = PartialState().print  # on the main process only; the rest is done on all, which share a sharded model
+    say(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")
     asked = [row for row in held_out if final_number(row["completion"]) is not None][: args.answer_size]
     if asked:
         prompts, references = [row["prompt"] for row in asked], [row["completion"] for row in asked]
         right = count_right(trainer.model, tokenizer, prompts, references, args.answer_tokens)
-        print(f"Held-out problems answered right after training: {right} of {len(asked)}.")
-    print(
+        say(f"Held-out problems answered right after training: {right} of {len(asked)}.")
+    say(
         f"The adapter is in {training_args.output_dir}. Load it with stock PEFT:\n\n"
         "    from peft import PeftModel\n"
         "    from transformers import AutoModelForCausalLM\n"
         f"    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model_args.model_name_or_path!r}), "
         f"{training_args.output_dir!r})\n"
     )
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -265,6 +265,19 @@ def execute(run: Run, output_dir: Path) -> dict:
     }
 
 
+def factor_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """‖A0, B0 of all layers − reference‖ / ‖reference‖, up to the sign of each singular vector."""
+    difference = norm = 0.0
+    for name, value in reference.items():
+        if name.endswith(".frozen"):
+            # vectors as rows
+            ours, theirs = (found[name].T, value.T) if ".lora_B." in name else (found[name], value)
+            sign = (ours * theirs).sum(dim=1, keepdim=True).sign()
+            difference += (ours - sign * theirs).square().sum().item()
+            norm += theirs.square().sum().item()
+    return (difference / norm) ** 0.5
+
+
 def main(out: Path) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp2_on_cpu()

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/own_loop_worker.py OUT
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -74,7 +75,20 @@ def in_fsdp2(rank: int) -> dict[str, torch.Tensor]:
     return initialized(model, batches_of(rank))
 
 
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 def main(out: Path) -> None:
+    heard = Heard()
+    logging.getLogger("lora_ga_trainer").addHandler(heard)
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     nothing: list = []
@@ -86,6 +100,7 @@ def main(out: Path) -> None:
         "FSDP2": in_fsdp2(rank),
         "nan": refused(peft_pair()[0], batches_of(rank), compute_loss=nan_on_the_second),
         "nothing": refused(peft_pair()[0], nothing),
+        "warnings": heard.texts,
     }
     torch.save(found, out / f"{rank}.pt")
     dist.barrier()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from backend_worker import INPUTS, STEPS, Run, execute
+from backend_worker import INPUTS, STEPS, Run, execute, factor_error
+from communication import Model, exact_bytes, sketch_bytes
 from launching import launch, launch_on_two_machines, torchrun
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -126,19 +127,6 @@ def test_at_init_in_bf16_the_logits_are_the_base_models(launched, backend):
     assert abs(found["losses"][0] - found["losses"][-1]) > 0.01, "nothing was learned"
 
 
-def factor_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """‖A0, B0 of all layers − reference‖ / ‖reference‖, up to the sign of each singular vector."""
-    difference = norm = 0.0
-    for name, value in reference.items():
-        if name.endswith(".frozen"):
-            # vectors as rows
-            ours, theirs = (found[name].T, value.T) if ".lora_B." in name else (found[name], value)
-            sign = (ours * theirs).sum(dim=1, keepdim=True).sign()
-            difference += (ours - sign * theirs).square().sum().item()
-            norm += theirs.square().sum().item()
-    return (difference / norm) ** 0.5
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_factors_are_those_of_one_process(launched, references, name):
     found, reference = launched[name], references[name]
@@ -214,11 +202,12 @@ def test_the_best_model_is_loaded_at_the_end(launched):
 
 
 def test_only_the_sketches_are_all_reduced(launched):
-    """K·O or K·I numbers of 4 bytes for each layer and pass, and the 8 test columns of the first."""
-    shapes = [(48, 48), (24, 48), (24, 48), (48, 48), (80, 48), (80, 48), (48, 80)] * 2  # of the tiny Llama
-    first = sum((10 + 8) * O for O, _ in shapes)
-    second, third = sum(10 * I for _, I in shapes), sum(10 * O for O, _ in shapes)
-    assert launched["checkpointing"]["report"].all_reduced_bytes == [4 * first, 4 * second, 4 * third]
+    """The bytes of benchmarks/communication.py, on paper, for the tiny Llama."""
+    tiny = Model("tiny", layers=2, hidden=48, intermediate=80, key_value=24)
+    report = launched["checkpointing"]["report"]
+    assert report.all_reduced_bytes == sketch_bytes(tiny, width=10)
+    assert "MiB per process all-reduced in passes 1 to 3" in report.summary()
+    assert launched["plain"]["report"].all_reduced_bytes == exact_bytes(tiny)
 
 
 def test_running_out_of_memory_keeps_the_initialization(launched, references, backend):
@@ -255,6 +244,13 @@ def test_an_error_on_one_process_is_raised_on_all(own_loops):
     for found in own_loops:
         assert found["nan"].startswith("The loss of batch 0 for LoRA-GA on process 1 is nan")
         assert found["nothing"].startswith("LoRA-GA got no batch")
+
+
+def test_the_exact_gradient_of_a_sharded_model_warns_once(own_loops):
+    first, second = (
+        [text for text in found["warnings"] if "'exact' on a sharded model" in text] for found in own_loops
+    )
+    assert len(first) == 2 and not second, "ZeRO-3 and FSDP2, on rank 0"
 
 
 def test_two_launchers_meet(base_model, references, tmp_path):
