@@ -74,14 +74,16 @@ def results(runs: list[Run], out: Path) -> dict[str, dict]:
     return {run.name: torch.load(out / f"{run.name}.pt", weights_only=False) for run in runs}
 
 
-def launch(config: str, runs: list[Run], out: Path) -> dict[str, dict]:
+def launch(config: str, runs: list[Run], out: Path, *options: str) -> dict[str, dict]:
     """The results of `runs`, done by the 2 processes of `accelerate_configs/cpu/<config>.yaml`.
+
+    `options` go to the launcher.
 
     Raises:
         RuntimeError: with the end of what the processes said, if one failed.
     """
     write_runs(runs, out)
-    arguments = command(config, out, "--main_process_port", str(free_port()))
+    arguments = command(config, out, "--main_process_port", str(free_port()), *options)
     finished = subprocess.run(
         arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=SECONDS
     )

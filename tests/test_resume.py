@@ -127,6 +127,15 @@ def test_one_process_and_ddp_take_up_each_others_checkpoints(base_model, of_one_
     assert shrunk["losses"] == pytest.approx(found["two"]["losses"], abs=LOSS_TOLERANCE)
 
 
+def test_fsdp2_resumes_with_another_number_of_processes(base_model, tmp_path):
+    two = launch("fsdp2", [Run("two", base_model, SAVING, {"r": 2})], tmp_path)["two"]
+    whole_batch = SAVING | {"per_device_train_batch_size": 4}
+    run = Run("one", base_model, whole_batch, {"r": 2}, resume=f"{tmp_path}/two/checkpoint-4")
+    one = launch("fsdp2", [run], tmp_path, "--num_processes", "1")["one"]
+    assert (two["launch"], one["launch"]) == (Launch("FSDP2", 2), Launch("FSDP2", 1))
+    assert one["losses"] == pytest.approx(two["losses"], abs=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize(("config", "name"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP2")])
 def test_other_backends_are_refused_in_both_directions(base_model, of_one_process, config, name, tmp_path):
     checkpoint = f"{of_one_process['output_dir']}/checkpoint-4"
