@@ -59,4 +59,8 @@ class InitReport:
             "ga/alignment_min": self.alignment_min,
             "ga/init_seconds": self.seconds,
         }
-        return metrics if self.extra_peak_bytes is None else metrics | {"ga/init_bytes": self.extra_peak_bytes}
+        if self.extra_peak_bytes is not None:
+            metrics["ga/init_bytes"] = self.extra_peak_bytes
+        if any(self.all_reduced_bytes):
+            metrics["ga/all_reduced_bytes"] = sum(self.all_reduced_bytes)
+        return metrics

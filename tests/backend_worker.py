@@ -40,8 +40,8 @@ class Run:
     """Of `LoRAGASFTConfig`."""
     lora: dict = field(default_factory=dict)
     resume: str | bool | None = None
-    examples: int = 24
-    """How many there are to train on."""
+    streaming: bool = False
+    """Whether they come as an `IterableDataset`."""
     out_of_memory_above: int | None = None
     """Training steps with more examples than this on a process fail as a GPU does."""
     dies: str | None = None
@@ -92,15 +92,19 @@ class Observer(TrainerCallback):
     def __init__(self, trainer: LoRAGASFTTrainer, run: Run):
         self.trainer, self.run = trainer, run
         self.phase, self.most_whole = "estimation", {"estimation": 0, "training": 0}
-        self.seen = {}
+        self.seen, self.factorizations = {}, 0
         for layer in delta_layers(trainer.model, "default").values():
             layer.register_forward_hook(lambda *_: self.look())
         for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
             before(kind, "add", self.look)  # called in the backward
+            before(kind, "triplets", self.count_factorization)
         before(trainer, "compute_loss", self.look)
 
     def look(self, *args, **kwargs) -> None:
         self.most_whole[self.phase] = max(self.most_whole[self.phase], standing_whole(self.trainer.model))
+
+    def count_factorization(self, *args) -> None:
+        self.factorizations += 1
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
@@ -228,10 +232,11 @@ def execute(run: Run, output_dir: Path) -> dict:
     options |= {"model_init_kwargs": {"dtype": "float32"}}
     # DeepSpeed takes the CPU because it finds no GPU; told to use it, accelerate would leave out DeepSpeed
     options |= {"ddp_backend": "gloo", "use_cpu": not deepspeed} if world > 1 else {}
+    examples = word_problems()
     trainer = LoRAGASFTTrainer(
         model=run.model,
         args=LoRAGASFTConfig(**sft_arguments(output_dir, **options | run.options)),
-        train_dataset=word_problems().select(range(run.examples)),
+        train_dataset=examples.to_iterable_dataset() if run.streaming else examples,
         eval_dataset=word_problems().select(range(4)),
         processing_class=word_tokenizer(),
         peft_config=lora_config(**run.lora),
@@ -256,6 +261,7 @@ def execute(run: Run, output_dir: Path) -> dict:
         "initializations": sum("ga/alignment_mean" in entry for entry in trainer.state.log_history),
         "report": trainer.lora_ga_report,
         "adapter": adapter,
+        "factorizations": backends.gather_objects(observer.factorizations),
         "bits": backends.gather_objects(bits),
         "most_whole": observer.most_whole,
         "final_logits": final_logits,

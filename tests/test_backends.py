@@ -56,6 +56,7 @@ def make_runs(model: str) -> list[Run]:
             | {"load_best_model_at_end": True, "greater_is_better": True},
             {"r": 2},
         ),
+        Run("streaming", model, {"max_steps": 1}, {"r": 2}, streaming=True),
         # one process has no sample at all
         Run("one_sample", model, {"ga_num_samples": 1, "max_steps": 1}, {"r": 1}),
     ]
@@ -141,6 +142,12 @@ def test_all_processes_hold_the_same_bits(launched, name):
     assert first == second
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_is_factored_once(launched, name):
+    first, second = launched[name]["factorizations"]
+    assert first + second == 14 and abs(first - second) <= 2, "spread over the processes"
+
+
 @pytest.mark.parametrize("name", ["plain", "checkpointing", "accumulation"])
 def test_the_loss_curve_is_that_of_one_process(launched, references, name):
     found, reference = launched[name]["losses"], references[name]["losses"]
@@ -216,6 +223,17 @@ def test_running_out_of_memory_keeps_the_initialization(launched, references, ba
     found = launched["smaller_batch"]
     assert found["batch_size"] == 1 and len(found["losses"]) == STEPS
     assert factor_error(found["adapter"], references["plain"]["adapter"]) < FACTOR_TOLERANCE
+
+
+def test_mixture_of_experts(tmp_path):
+    """The router's loss is a mean per batch and not per token, so it would show a loss multiplied by the number of processes, a
+    batch counted twice, and the batch that a process repeats because the other has one more."""
+    tiny_model("mixture").save_pretrained(tmp_path / "base")
+    attention = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    run = Run("mixture", str(tmp_path / "base"), {"ga_batch_size": 1, "ga_num_samples": 5, "max_steps": 1}, attention)
+    reference = execute(run, tmp_path / "one_process")
+    found = launch("ddp", [run], tmp_path)["mixture"]
+    assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
 
 
 def test_reentrant_checkpointing_under_fsdp2_is_refused(base_model, tmp_path):

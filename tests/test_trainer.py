@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import lora_config, tiny_model
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGASFTTrainer
@@ -264,14 +264,8 @@ def test_mixture_of_experts_with_its_auxiliary_loss(make_trainer):
     """TRL adds the router's auxiliary loss, a mean per batch: it too must not depend on how examples are batched."""
 
     def directions(batch_size):
-        torch.manual_seed(0)
-        config = Qwen3MoeConfig(
-            hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, vocab_size=64,
-            router_aux_loss_coef=0.5, output_router_logits=True,
-        )  # fmt: skip
         trainer = make_trainer(
-            model=AutoModelForCausalLM.from_config(config), ga_estimator="exact", ga_batch_size=batch_size, ga_num_samples=24,
+            model=tiny_model("mixture"), ga_estimator="exact", ga_batch_size=batch_size, ga_num_samples=24,
             peft_config=lora_config(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), max_steps=1,
         )  # fmt: skip
         trainer.train()

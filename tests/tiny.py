@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 64
@@ -37,6 +38,11 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(  # biases on q, k, v
         hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=64, attention_dropout=0.1,
+    ),
+    "mixture": lambda: Qwen3MoeConfig(  # its router's loss weighs as much as the tokens'
+        hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, vocab_size=VOCABULARY,
+        router_aux_loss_coef=0.5, output_router_logits=True,
     ),
 }  # fmt: skip
 

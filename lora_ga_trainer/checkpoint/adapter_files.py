@@ -188,7 +188,7 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
     """
     saved = check_same_run(peft_model.lora_ga, directory)
-    adapter_name = saved.adapter_name
+    adapter_name = peft_model.lora_ga.adapter_name
     native = {
         name: torch.empty(full_shape(parameter), device="meta")
         for name, parameter in adapter_parameters(peft_model, adapter_name).items()
