@@ -155,8 +155,9 @@ def may_freeze_while_probing(model: nn.Module) -> bool:
 
     ZeRO: a gradient on a trainable parameter, reached by a backward that the engine did not start, is an assertion in
     stages 2 and 3, or slips into the first training step. Frozen, its hooks stay silent.
-    FSDP2: each unsharded parameter takes `requires_grad` from the sharded one once, at the first forward; frozen then, it
-    would never train. There backward is told to compute no parameter's gradient instead, see `probe`.
+    FSDP2: at the first forward each group of parameters takes the dtype of its gradients from those that are trainable; if
+    none is, training with mixed precision fails later ("attempting to assign a gradient with dtype"). There backward is told
+    to compute no parameter's gradient instead, see `probe`.
     """
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 

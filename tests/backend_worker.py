@@ -60,6 +60,8 @@ def fsdp2_on_cpu() -> None:
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -123,7 +125,6 @@ class Observer(TrainerCallback):
         self.seen = {
             "init_logits": logits,
             "base_logits": base_logits,
-            "dtypes": {name: str(p.dtype) for name, p in model.named_parameters() if "lora_" in name},
             "gradients": [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()],
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "own_share": {
