@@ -2,7 +2,7 @@
 
 What a run communicates for LoRA-GA, beyond what every forward and backward of its backend does:
 
-    1. counts        how many batches and label tokens each process has (a few integers)
+    1. counts        how many batches and label tokens each process has, and what went wrong there (small objects)
     2. sketches      one flat all-reduce per pass over the samples: `sum_over_processes`
     3. factors       every process factors its share of the layers and broadcasts A0, B0: `spread`, `broadcast`
 
@@ -40,6 +40,17 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def raise_on_all(problem: str | None) -> None:
+    """Raise the first process's problem on every process: one that went on alone would wait for the others for ever.
+
+    Raises:
+        ValueError: the `problem` of some process is not None.
+    """
+    for found in gather_objects(problem):
+        if found is not None:
+            raise ValueError(found)
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .backends import write_parameter
+from .backends import is_sharded, write_parameter
 
 
 class DeltaHalf(nn.Module):
@@ -111,7 +111,7 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, or has already been trained (B is not zero).
+            side of a layer, is sharded, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -162,6 +162,12 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             f"LoRA-GA cannot initialize {name} ({type(layer).__name__}): it needs the gradient of a weight that "
             "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
             "`exclude_modules`; `modules_to_save` trains it fully."
+        )
+    if is_sharded(layer.lora_A[adapter_name].weight):
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} is sharded already, so LoRA-GA's own parameters would come too late. Call "
+            "`attach_lora_ga(model, config)` before `deepspeed.initialize`, `fully_shard` or `accelerator.prepare`, and "
+            "`initialize_lora_ga` after it."
         )
     rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
     if rank > largest:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
-from .backends import compute_device, gather_objects, rank, sum_over_processes, world_size
+from .backends import compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -34,12 +34,17 @@ def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> in
     Raises:
         ValueError: no process has a batch, or such a token.
     """
-    for batch in batches:
-        if "labels" not in batch:
-            raise ValueError(
+    raise_on_all(
+        next(
+            (
                 f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
                 "Add `labels`, −100 where a token must not count."
-            )
+                for batch in batches
+                if "labels" not in batch
+            ),
+            None,
+        )
+    )
     num_items_here = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
     num_batches, num_items = map(sum, zip(*gather_objects((len(batches), num_items_here)), strict=True))
     if num_batches == 0:
@@ -137,7 +142,7 @@ def estimate_gradients(
                     problem = problem or _loss_problem(loss, index)
                     backward(loss * (weight * loss_scale))
                     progress.update()
-            _raise_on_all(problem)
+            raise_on_all(problem)
             sums = [total for accumulator in summing.values() for total in accumulator.sums()]
             bytes_of_passes.append(sum_over_processes(sums))
             for total in sums:
@@ -157,8 +162,11 @@ def even_batches(batches: list[dict[str, Tensor]]) -> list[tuple[dict[str, Tenso
     weighted = [(batch, 1.0) for batch in batches]
     if min(counts) == max(counts):
         return weighted
-    first_batches = gather_objects(batches[0] if batches else None)
-    idle_batch = next(batch for batch in [*batches, *first_batches] if batch is not None)
+    idle_batch = batches[0] if batches else None
+    if min(counts) == 0:
+        lender = counts.index(max(counts))
+        lent = gather_objects(send_to_device(batches[0], "cpu") if rank() == lender else None)[lender]
+        idle_batch = idle_batch or lent
     return weighted + [(idle_batch, 0.0)] * (max(counts) - len(batches))
 
 
@@ -175,13 +183,6 @@ def _loss_problem(loss: Tensor, index: int) -> str | None:
         f"The loss of batch {index} for LoRA-GA{process} is {loss.item()}, so there is no gradient to start from. Look for "
         "NaN or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
     )
-
-
-def _raise_on_all(problem: str | None) -> None:
-    """Raise the first process's problem on every process: one that went on alone would wait for the others for ever."""
-    for found in gather_objects(problem):
-        if found is not None:
-            raise ValueError(found)
 
 
 def _check_gradients(accumulators: dict[str, Accumulator]) -> None:

@@ -17,8 +17,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import broadcast, compute_device, full_tensor, is_sharded, rank, spread
-from .checkpoint.adapter_files import make_portable
+from .backends import broadcast, compute_device, full_tensor, is_sharded, raise_on_all, rank, spread
+from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, write_factors
 from .estimation import (
@@ -67,7 +67,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     (adapter_name,) = adapter_names
     lora_config = peft_model.peft_config[adapter_name]
     check_lora_config(lora_config)
-    state = LoRAGAState.before_init(lora_config, adapter_name, config)
+    state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     if delta_layers(peft_model, adapter_name):
         if peft_model.lora_ga.report is not None:
             raise ValueError(
@@ -136,7 +136,7 @@ def initialize_lora_ga(
         gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
         logger.warning(
             f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
-            f"{gibibytes:,.2f} GiB, and all-reduces it. The default, 'sketch', needs a small part of that."
+            f"{gibibytes:,.2f} GiB, and as much again while it is all-reduced. The default, 'sketch', needs a small part of it."
         )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
@@ -168,19 +168,24 @@ def write_all_factors(
 ) -> dict[str, float]:
     """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
 
-    Nothing is written before all of this process's factors have been found.
+    Nothing is written before all factors have been found.
 
     Returns:
         the alignment of each layer.
     """
     owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
     found: dict[str, Factors] = {}
+    problem = None
     for name, layer in layers.items():
-        # Every process takes part in gathering a weight, one at a time; popped, so that each gradient is freed in turn.
-        weight = whole_weight(layer) if config.ga_scale == "weight_svd" else None
-        accumulator = accumulators.pop(name)
-        if owners[name] == rank():
-            found[name] = factor_gradient(name, layer, accumulator, adapter_name, config, weight)
+        mine = owners[name] == rank()
+        weight_s = weight_singular_values(layer, mine) if config.ga_scale == "weight_svd" else None
+        accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
+        if mine:
+            try:
+                found[name] = factor_gradient(name, layer, accumulator, adapter_name, config, weight_s)
+            except torch.linalg.LinAlgError as error:
+                problem = f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
+    raise_on_all(problem)
 
     alignment = {}
     for name, layer in layers.items():
@@ -198,9 +203,13 @@ def write_all_factors(
     return alignment
 
 
-def whole_weight(layer: LoraLayer) -> Tensor:
-    """W of one layer as the forward pass sees it (O×I, or I×O in a Conv1D), dequantized and gathered, float32."""
-    return full_tensor(dequantize_module_weight(layer.get_base_layer())).detach().float()
+def weight_singular_values(layer: LoraLayer, mine: bool) -> Tensor | None:
+    """The singular values of W, dequantized and gathered, on the process whose layer it is; all take part in gathering.
+
+    The whole weight lives no longer than this call, so that no two ever stand on a process.
+    """
+    weight = full_tensor(dequantize_module_weight(layer.get_base_layer()))
+    return torch.linalg.svdvals(weight.detach().float()) if mine else None
 
 
 def factor_gradient(
@@ -209,9 +218,12 @@ def factor_gradient(
     accumulator: Accumulator,
     adapter_name: str,
     config: LoRAGAArguments,
-    weight: Tensor | None = None,
+    weight_s: Tensor | None = None,
 ) -> Factors:
-    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas. `weight` is for `weight_svd` only."""
+    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas.
+
+    `weight_s`, the singular values of W, are for `weight_svd` only.
+    """
     R = layer.r[adapter_name]
     c = scale_factor(
         config.ga_scale,
@@ -219,7 +231,7 @@ def factor_gradient(
         rank=R,
         scaling=layer.scaling[adapter_name],
         gamma=config.ga_gamma,
-        weight_singular_values=lambda: torch.linalg.svdvals(weight),
+        weight_singular_values=lambda: weight_s,
     )
     generator = torch.Generator().manual_seed(layer_seed(name, config.ga_seed))
     return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, c, generator)

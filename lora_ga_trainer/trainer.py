@@ -27,7 +27,7 @@ from trl import SFTTrainer
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
 from .backends import check_checkpointing, gather_objects, launch_of, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
-from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, mark_incomplete
+from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
 from .initialization import attach_lora_ga, initialize_lora_ga
 from .probe import preserved_rng
 from .report import InitReport
@@ -163,9 +163,10 @@ class LoRAGAMixin:
     def _save_checkpoint(self, model, trial) -> None:
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            mark_incomplete(directory)
+            remove_former(directory)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # so that all processes see the same checkpoints
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -153,7 +153,8 @@ def main(args: MathArguments, training_args: LoRAGASFTConfig, model_args: MathMo
         peft_config=get_peft_config(model_args),
     )
 
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)  # the command line has only text
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()

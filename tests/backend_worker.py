@@ -5,11 +5,13 @@
 OUT/runs.json is a list of `Run`s, done one after another; rank 0 writes OUT/<name>.pt. `execute` is the same in one process.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from accelerate.utils import DistributedType
 from peft import peft_model as peft_model_module
 from tiny import lora_config, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, training_args
+from transformers import TrainerCallback, TrainerState, training_args
 
-from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, backends
+from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, backends, initialization
 from lora_ga_trainer import trainer as trainer_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
 from lora_ga_trainer.delta import delta_layers
@@ -42,8 +44,8 @@ class Run:
     resume: str | bool | None = None
     streaming: bool = False
     """Whether they come as an `IterableDataset`."""
-    out_of_memory_above: int | None = None
-    """Training steps with more examples than this on a process fail as a GPU does."""
+    out_of_memory_in: str | None = None
+    """`estimation` or `training`, where more than one example on a process fails as on a GPU."""
     dies: str | None = None
     """A key of `DEATHS`: the process kills itself there, as with `kill -9`."""
     error: bool = False
@@ -94,16 +96,24 @@ class Observer(TrainerCallback):
     def __init__(self, trainer: LoRAGASFTTrainer, run: Run):
         self.trainer, self.run = trainer, run
         self.phase, self.most_whole = "estimation", {"estimation": 0, "training": 0}
-        self.seen, self.factorizations = {}, 0
+        self.seen, self.factorizations, self.factors_digest = {}, 0, hashlib.sha256()
         for layer in delta_layers(trainer.model, "default").values():
             layer.register_forward_hook(lambda *_: self.look())
-        for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
-            before(kind, "add", self.look)  # called in the backward
-            before(kind, "triplets", self.count_factorization)
         before(trainer, "compute_loss", self.look)
+        self.undo = [before(initialization, "write_factors", self.digest_factors)]
+        for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
+            self.undo.append(before(kind, "add", self.look))  # called in the backward
+            self.undo.append(before(kind, "triplets", self.count_factorization))
 
     def look(self, *args, **kwargs) -> None:
+        if self.phase == "estimation":
+            self.run_out_of_memory("estimation")
         self.most_whole[self.phase] = max(self.most_whole[self.phase], standing_whole(self.trainer.model))
+
+    def digest_factors(self, layer, adapter_name, a_RI, b_OR) -> None:
+        """What this process writes, before any sharding."""
+        for factor in (a_RI, b_OR):
+            self.factors_digest.update(factor.contiguous().numpy().tobytes())
 
     def count_factorization(self, *args) -> None:
         self.factorizations += 1
@@ -135,8 +145,10 @@ class Observer(TrainerCallback):
         }
 
     def on_step_begin(self, args, state, control, **kwargs):
-        limit = self.run.out_of_memory_above
-        if limit is not None and self.trainer._train_batch_size > limit:
+        self.run_out_of_memory("training")
+
+    def run_out_of_memory(self, phase: str) -> None:
+        if self.run.out_of_memory_in == phase and self.trainer._train_batch_size > 1:
             raise RuntimeError("CUDA out of memory. (simulated)")
 
 
@@ -150,8 +162,8 @@ def own_part(parameter: torch.Tensor) -> torch.Tensor:
 # --- dying ----------------------------------------------------------------------------------------------------------
 
 
-def before(owner: object, name: str, act) -> None:
-    """Call `act` with the arguments of every call of `owner.name` before that goes on."""
+def before(owner: object, name: str, act) -> Callable[[], None]:
+    """Call `act` with the arguments of every call of `owner.name` before that goes on; returns what undoes it."""
     function = getattr(owner, name)
 
     def acting_first(*args, **kwargs):
@@ -159,6 +171,7 @@ def before(owner: object, name: str, act) -> None:
         return function(*args, **kwargs)
 
     setattr(owner, name, acting_first)
+    return lambda: setattr(owner, name, function)
 
 
 def die(*args, **kwargs) -> None:
@@ -210,6 +223,9 @@ DEATHS = {
     "before the list of files": lambda: before(
         trainer_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
     ),
+    "after the list of files": lambda: before(
+        TrainerState, "save_to_json", lambda self, path: die() if "checkpoint-4" in path else None
+    ),
     "in the list of files": lambda: before(
         os, "replace", lambda part, to: write_half_and_die(part) if "checkpoint-4" in str(part) else None
     ),
@@ -246,10 +262,13 @@ def execute(run: Run, output_dir: Path) -> dict:
         DEATHS[run.dies]()
     observer = Observer(trainer, run)
     trainer.add_callback(observer)
-    trainer.train(resume_from_checkpoint=run.resume)
+    try:
+        trainer.train(resume_from_checkpoint=run.resume)
+    finally:
+        for undo in observer.undo:
+            undo()
 
     adapter = adapter_state_dict(trainer.model)
-    bits = sum(value.view(torch.int32).long().sum().item() for value in adapter.values())
     trainer.save_model(str(output_dir / "final"))
     with torch.no_grad():
         final_logits = trainer.model.eval()(INPUTS.to(trainer.args.device)).logits.cpu()
@@ -263,7 +282,7 @@ def execute(run: Run, output_dir: Path) -> dict:
         "report": trainer.lora_ga_report,
         "adapter": adapter,
         "factorizations": backends.gather_objects(observer.factorizations),
-        "bits": backends.gather_objects(bits),
+        "factor_digests": backends.gather_objects(observer.factors_digest.hexdigest()),
         "most_whole": observer.most_whole,
         "final_logits": final_logits,
         "batch_size": trainer._train_batch_size,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -108,18 +109,24 @@ def launch_on_two_machines(config: str, runs: list[Run], out: Path) -> dict[str,
     """The results of `runs`, done under two launchers that meet over the network, one process each."""
     write_runs(runs, out)
     port = str(free_port())
-    agents = [
-        subprocess.Popen(
-            command(config, out, "--machine_rank", str(machine), "--main_process_port", port),
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for machine in range(2)
-    ]
-    said = [agent.communicate(timeout=SECONDS)[0] for agent in agents]
+    logs = [out / f"machine_{machine}.log" for machine in range(2)]
+    agents = []
+    try:
+        for machine, log in enumerate(logs):
+            arguments = command(config, out, "--machine_rank", str(machine), "--main_process_port", port)
+            with log.open("w") as file:
+                agents.append(
+                    subprocess.Popen(
+                        arguments, cwd=REPOSITORY, env=environment(), stdout=file, stderr=file, start_new_session=True
+                    )
+                )
+        for agent in agents:
+            agent.wait(timeout=SECONDS)
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    said = [log.read_text() for log in logs]
     if any(agent.returncode for agent in agents):
         raise RuntimeError(f"{config} on two machines failed:\n{errors_in(said[0])}\n{errors_in(said[1])}")
     return results(runs, out)

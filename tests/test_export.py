@@ -166,6 +166,20 @@ def test_a_truncated_adapter(trained, tmp_path):
     refused("adapter_model.safetensors is damaged.*Use another", checkpoint, tmp_path / "out")
 
 
+def test_a_truncated_config(trained, tmp_path):
+    checkpoint = Path(shutil.copytree(trained[1], tmp_path / "checkpoint"))
+    os.truncate(checkpoint / "adapter_config.json", 100)
+    refused("adapter_config.json is damaged.*Use another", checkpoint, tmp_path / "out")
+    refused("adapter_config.json is damaged.*Use another", checkpoint, tmp_path / "out", merge=True)
+
+
+def test_a_trained_half_of_tied_weights(tmp_path):
+    """PEFT unties them; in the base's files the head would follow the embedding."""
+    adapted("llama_tied", tmp_path, modules_to_save=["embed_tokens"])
+    arguments = {"merge": True, "base_model": tmp_path / "base"}
+    refused("holds a trained model.embed_tokens.*merge_and_unload", tmp_path / "adapter", tmp_path / "out", **arguments)
+
+
 def test_a_base_model_that_is_not_there(trained, tmp_path):
     refused("nowhere is neither a folder nor", trained[1], tmp_path / "out", merge=True, base_model="nobody/nowhere")
 

@@ -48,6 +48,7 @@ LEFT_BEHIND = {
     "in the optimizer file": ([2, 4], 2),
     "before the list of files": ([2, 4], 2),
     "in the list of files": ([2, 4], 2),
+    "after the list of files": ([2, 4], 2),
     "in removing the older checkpoint": ([2, 4], 4),
 }
 
@@ -83,24 +84,34 @@ def test_the_deaths_of_one_process_are_all_tried():
     assert set(LEFT_BEHIND) == set(DEATHS) - {"on another process"}
 
 
-def test_after_a_kill_of_one_of_two_processes(base_model, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "death"), [("zero3", "in the optimizer file"), ("fsdp2", "on another process"), ("ddp", "in training")]
+)
+def test_after_a_kill_of_one_of_two_processes(base_model, config, death, tmp_path):
     def run(name, **more):
         return Run(name, base_model, SAVING, {"r": 2}, **more)
 
-    whole = launch("zero2", [run("whole")], tmp_path)["whole"]
-    assert launch_and_die([run("run", dies="on another process")], tmp_path, "zero2") != 0
-    half = tmp_path / "run/checkpoint-4"
-    assert half.exists() and not (half / "rng_state_1.pth").exists()
-    found = launch("zero2", [run("half", resume=str(half), error=True), run("run", resume=True)], tmp_path)
-    assert "killed while it saved" in found["half"]["error"]
+    whole = launch(config, [run("whole")], tmp_path)["whole"]
+    assert launch_and_die([run("run", dies=death)], tmp_path, config) != 0
+    half, resumed = tmp_path / "run/checkpoint-4", [run("run", resume=True)]
+    if death != "in training":
+        assert half.exists()
+        resumed.insert(0, run("half", resume=str(half), error=True))
+    found = launch(config, resumed, tmp_path)
+    assert death == "in training" or "killed while it saved" in found["half"]["error"]
     assert found["run"]["losses"] == whole["losses"] and same_adapter(found["run"], whole)
 
 
-def test_a_checkpoint_that_is_saved_over_is_incomplete_meanwhile(base_model, one_thread, tmp_path):
+@pytest.mark.parametrize("death", ["in the optimizer file", "after the list of files"])
+def test_a_checkpoint_that_is_saved_over_is_incomplete_meanwhile(base_model, one_thread, death, tmp_path):
     """A run started again in the same folder dies while it writes where a complete checkpoint was."""
     execute(Run("run", base_model, SAVING), tmp_path / "run")
-    launch_and_die([Run("run", base_model, SAVING, dies="in the optimizer file")], tmp_path)
-    with pytest.raises(ValueError, match="checkpoint-4 has no readable lora_ga_files.json"):
+    (tmp_path / "run/checkpoint-4/pytorch_model_fsdp_0").mkdir()  # as of another backend
+    launch_and_die([Run("run", base_model, SAVING, dies=death)], tmp_path)
+    assert not (tmp_path / "run/checkpoint-4/pytorch_model_fsdp_0").exists()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 has no readable lora_ga_files.json|trainer_state.json is missing"
+    ):
         execute(Run("run", base_model, SAVING, resume=str(tmp_path / "run/checkpoint-4")), tmp_path / "run")
 
 
@@ -216,6 +227,7 @@ def test_a_half_written_trainer_state_is_refused(base_model, of_one_process, con
     [
         ({"r": 3}, {}, "`r` is 3, but .* was made with 2"),
         ({"r": 2, "lora_alpha": 8}, {}, "`lora_alpha` is 8, but .* was made with 16"),
+        ({"r": 2, "lora_dropout": 0.5}, {}, "`lora_dropout` is 0.5, but .* was made with 0.0"),
         ({"r": 2}, {"ga_gamma": 64.0}, "`ga_gamma` is 64.0, but .* was made with 16.0"),
         ({"r": 2, "target_modules": ["q_proj"]}, {}, "does not fit this model"),
     ],

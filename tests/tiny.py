@@ -39,6 +39,8 @@ CONFIGS = {
         hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=64, attention_dropout=0.1,
     ),
+}  # fmt: skip
+MIXTURE = {
     "mixture": lambda: Qwen3MoeConfig(  # its router's loss weighs as much as the tokens'
         hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, vocab_size=VOCABULARY,
@@ -49,7 +51,7 @@ CONFIGS = {
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
+    model = AutoModelForCausalLM.from_config((CONFIGS | MIXTURE)[family]()).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # from_config leaves biases at zero, where a lost bias would not show
             torch.nn.init.normal_(parameter, std=0.02)

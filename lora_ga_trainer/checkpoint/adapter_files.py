@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..backends import full_shape, full_tensor, write_parameter
+from ..backends import full_shape, full_tensor, gather_objects, write_parameter
 from ..delta import DeltaA, DeltaB
 from .state import LoRAGAState, check_same_run, write_state
 
@@ -72,12 +72,27 @@ def native_state_dict(portable: dict[str, Tensor], frozen: dict[str, Tensor]) ->
     return native
 
 
+def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
+    """Whether PEFT saves the embeddings with the adapter. It may ask the hub, so: once, and on the first process's word."""
+    tensors = peft_model.state_dict(keep_vars=True)
+    sizes = [
+        len(get_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, save_embedding_layers=decision))
+        for decision in ("auto", False)
+    ]
+    return gather_objects(sizes[0] > sizes[1])[0]
+
+
 def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """The parameters and buffers that make up an adapter, sharded as they are, under PEFT's names for its file.
 
     `modules_to_save`, trained biases and new tokens are among them; each matrix in delta form counts as its two halves.
     """
-    return get_peft_model_state_dict(peft_model, peft_model.state_dict(keep_vars=True), adapter_name=adapter_name)
+    return get_peft_model_state_dict(
+        peft_model,
+        peft_model.state_dict(keep_vars=True),
+        adapter_name=adapter_name,
+        save_embedding_layers=peft_model.lora_ga.has_embeddings,
+    )
 
 
 def adapter_state_dict(peft_model: PeftModel) -> dict[str, Tensor]:
@@ -164,7 +179,9 @@ def load_adapter(
 ) -> Any:
     """`PeftModel.load_adapter`; for the adapter in delta form `model_id` must be a checkpoint of the same kind of run.
 
-    Everything is read and checked before the first weight is written. Every process has to call it.
+    Everything is read and checked before the first weight is written. Every process has to call it. With DeepSpeed, load
+    before `deepspeed.initialize`, or beside the engine's own `load_checkpoint`, which restores its fp32 copies; the trainer
+    does the latter.
 
     Raises:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.

@@ -1,12 +1,14 @@
-"""Which checkpoints are whole: a list of their files, written last, tells.
+"""Which checkpoints are whole: a list of their files tells.
 
 A run may be killed at any moment, also while it saves. `lora_ga_files.json` is written when every process has written all of
-its files, and names them with their sizes. A `checkpoint-N` without it is half-written, or was not made to be resumed.
+its files, and names them with their sizes; only `trainer_state.json` comes after it. A `checkpoint-N` without both is
+half-written, or was not made to be resumed.
 """
 
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from peft import PeftModel
@@ -23,9 +25,15 @@ NOT_LISTED = (FILES_FILE, TRAINER_STATE_NAME, "README.md")
 """`trainer_state.json` is written after the list, and checked by parsing it; a README may be edited."""
 
 
-def mark_incomplete(directory: Path) -> None:
-    """To be called before anything is written to `directory`, where an earlier run may have left a checkpoint."""
+def remove_former(directory: Path) -> None:
+    """To be called before anything is written to `directory`, where an earlier run may have left a checkpoint.
+
+    The list goes first, so that what is left of a killed removal is incomplete; all of the rest goes too, since nothing of
+    an old checkpoint may pass for a part of the new one.
+    """
     (directory / FILES_FILE).unlink(missing_ok=True)
+    if directory.is_dir():
+        shutil.rmtree(directory)
 
 
 def mark_complete(directory: Path) -> None:

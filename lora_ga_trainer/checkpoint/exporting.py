@@ -1,10 +1,12 @@
 """From a checkpoint to what one ships: the adapter alone, or the base model with the adapter merged into it.
 
-One process, no trainer, no model in memory: the base is read and written one file at a time.
+One process, no trainer, no model in memory: the base is read and written one file at a time, so the memory needed is that of
+its largest file.
 
 Shapes: O out features, I in features, R rank in the file (twice the one that trained).
 """
 
+import json
 import math
 import shutil
 import tempfile
@@ -78,11 +80,11 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
                 f"{directory} has no {name}. Pass a `checkpoint-N`, or the folder that `save_model` wrote."
             )
     try:
+        json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
         return load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{directory / SAFETENSORS_WEIGHTS_NAME} is damaged ({error}). Use another checkpoint."
-        ) from error
+    except (ValueError, SafetensorError) as error:
+        damaged = CONFIG_NAME if isinstance(error, ValueError) else SAFETENSORS_WEIGHTS_NAME
+        raise ValueError(f"{directory / damaged} is damaged ({error}). Use another checkpoint.") from error
 
 
 @contextmanager
@@ -146,6 +148,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
         )
     with torch.device("meta"):
         skeleton = getattr(transformers, model_config.architectures[0])(model_config)
+    check_not_untied(adapter, skeleton)
     shards = sorted(source.glob("*.safetensors"))
     pieces = by_base_weight(adapter, base_names(shards))
     for pattern in OF_BASE:
@@ -161,6 +164,23 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
                 for name in file.keys()  # noqa: SIM118 (not a dict)
             }
         save_file(merged, target / shard.name, metadata={"format": "pt"})
+
+
+def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
+    """Refuse an adapter that replaces one of two tied weights: in the base's files the other would follow it.
+
+    Raises:
+        ValueError: embedding and head share their weight, and one of them was trained by itself.
+    """
+    if not skeleton.config.tie_word_embeddings:
+        return
+    tied = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    for name, module in skeleton.named_modules():
+        if module in tied and f"{PREFIX}{name}.weight" in adapter:
+            raise ValueError(
+                f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
+                "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
 
 
 def base_names(shards: list[Path]) -> set[str]:

@@ -19,10 +19,11 @@ from ..report import InitReport
 
 STATE_FILE = "lora_ga.json"
 LORA_FIELDS = (
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
-"""What a `LoraConfig` says about the parameters that train; a checkpoint made with others cannot be resumed."""
+"""What a `LoraConfig` says about what trains and how; a checkpoint made with others cannot be resumed. Which layers it targets
+shows in the names of the tensors."""
 WITHOUT_EFFECT = ("ga_batch_size",)
 """Options that change no result, so that they may differ on resuming."""
 
@@ -36,18 +37,22 @@ class LoRAGAState:
     """The fields of `LORA_FIELDS`, of the adapter that trains."""
     options: dict[str, Any]
     """The `ga_*` options."""
+    has_embeddings: bool
+    """Whether PEFT saves the embeddings with the adapter, because the vocabulary was resized."""
     report: InitReport | None
     """None until the adapter has been initialized."""
     launch: Launch | None = None
     """How the trainer that saves was launched; None in a loop of one's own."""
 
     @classmethod
-    def before_init(cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments) -> "LoRAGAState":
+    def before_init(
+        cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments, has_embeddings: bool
+    ) -> "LoRAGAState":
         # a set, as PEFT makes of some lists, would not survive JSON
         values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
         lora = {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in values.items()}
         options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
-        return cls(adapter_name, lora, options, report=None)
+        return cls(adapter_name, lora, options, has_embeddings, report=None)
 
 
 def write_state(directory: Path, state: LoRAGAState) -> None:
