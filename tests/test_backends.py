@@ -247,6 +247,17 @@ def test_reentrant_checkpointing_under_fsdp2_is_refused(base_model, tmp_path):
     assert "'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2" in found["reentrant"]["error"]
 
 
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_the_configurations_for_gpus_start_with_either_precision(base_model, references, config, tmp_path):
+    """Where there is no GPU they run on the CPU; what they leave at its default differs from the CPU variants."""
+    runs = [Run(name, base_model, {"max_steps": 1, "bf16": name == "bf16"}, {"r": 2}) for name in ("fp32", "bf16")]
+    found = launch(f"../{config}", runs, tmp_path, "--num_processes", "2")
+    assert found["fp32"]["launch"] == found["bf16"]["launch"] == BACKENDS[config][0]
+    assert factor_error(found["fp32"]["adapter"], references["plain"]["adapter"]) < FACTOR_TOLERANCE
+    assert torch.equal(found["bf16"]["init_logits"], found["bf16"]["base_logits"])
+    assert not torch.equal(found["bf16"]["init_logits"], found["fp32"]["init_logits"]), "bf16 was not used"
+
+
 @pytest.fixture(scope="module")
 def own_loops(tmp_path_factory) -> list[dict]:
     return torchrun("own_loop_worker.py", tmp_path_factory.mktemp("own_loop"))
