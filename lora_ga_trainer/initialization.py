@@ -107,6 +107,10 @@ def initialize_lora_ga(
     fails, no factor has been written: the model computes the base function, and since all of the adapter is zero then, it
     learns nothing until an initialization has succeeded.
 
+    With several processes (DDP, DeepSpeed ZeRO, FSDP2) every one has to call it, each with batches of its own, as many as it
+    has; the gradient is that of all of them. Pass the module itself, not its DDP or DeepSpeed wrapper. If the model is
+    sharded, `attach_lora_ga` has to come before the sharding.
+
     Args:
         peft_model: from `get_peft_model` with an untrained `LoraConfig` adapter.
         batches: what `compute_loss` takes; by default model inputs with `labels`, −100 where a token must not count.

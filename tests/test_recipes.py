@@ -47,27 +47,43 @@ def write(rows, path):
     return path
 
 
-def launch(*arguments):
+def launch(*arguments, launcher=()):
+    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/metamath.py"), *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300,
+        [*program, *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, cwd=ROOT,
     )  # fmt: skip
 
 
-TINY = (
-    "--max_steps",
-    3,
-    "--eval_size",
-    8,
-    "--answer_size",
-    4,
-    "--answer_tokens",
-    8,
-    "--max_length",
-    40,
-    "--use_cpu",
-    "true",
-)
+SHORT = ("--max_steps", 3, "--eval_size", 8, "--answer_size", 4, "--answer_tokens", 8, "--max_length", 40)
+TINY = (*SHORT, "--use_cpu", "true")
+
+
+def test_a_run_on_two_processes(rows, model_path, tmp_path):
+    """ZeRO-3: evaluation, generation and saving work on a model that is sharded, and only one process speaks."""
+    data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
+    run = launch(
+        "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
+        "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo",
+        launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert [run.stdout.count(text) for text in ("Rows: ", "Held-out loss: ", "answered right after training: ")] == [
+        1,
+        1,
+        1,
+    ]
+    assert json.loads((out / "lora_ga.json").read_text())["launch"] == {"backend": "ZeRO-3", "world_size": 2}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), out)
+
+    resumed = launch(
+        "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
+        "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo", "--resume_from_checkpoint", "True",
+        launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
+    assert loss in resumed.stdout
 
 
 def test_a_run_on_a_local_file(rows, model_path, tmp_path):
