@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backends import Launch, check_resumable_launch
+from ..backends import Launch, check_resumable_launch, rank
 from .adapter_files import adapter_directory, check_adapter
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ def last_complete(output_dir: Path) -> Path:
         try:
             check_complete(steps[step])
         except ValueError as error:
-            logger.warning(f"Passing over an incomplete checkpoint. {error}")
+            if rank() == 0:
+                logger.warning(f"Passing over an incomplete checkpoint. {error}")
         else:
             return steps[step]
     raise ValueError(
@@ -115,7 +116,7 @@ def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> 
     check_complete(directory)
     saved = check_adapter(peft_model, adapter_directory(directory, peft_model.lora_ga.adapter_name))
     check_resumable_launch(saved.launch, launch)
-    if saved.launch != launch:
+    if saved.launch != launch and rank() == 0:
         logger.warning(
             f"{directory} was saved by {saved.launch}, this is {launch}: training goes on from its weights and optimizer "
             "state, but with the examples dealt out differently, so not to the same numbers."
