@@ -19,8 +19,9 @@ class ExportArguments:
 
 
 def main() -> None:
-    (arguments,) = TrlParser(ExportArguments, prog="python -m lora_ga_trainer.checkpoint").parse_args_and_config()
+    parser = TrlParser(ExportArguments, prog="python -m lora_ga_trainer.checkpoint")
     try:
+        (arguments,) = parser.parse_args_and_config()  # an unknown option is a `ValueError` here
         export(arguments.checkpoint_dir, arguments.out, arguments.merge, base_model=arguments.base_model)
     except ValueError as error:
         sys.exit(f"error: {error}")
