@@ -173,6 +173,7 @@ def main(args: MathArguments, training_args: LoRAGASFTConfig, model_args: MathMo
         f"    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model_args.model_name_or_path!r}), "
         f"{training_args.output_dir!r})\n"
     )
+    trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.accelerator.end_training()
 
 
