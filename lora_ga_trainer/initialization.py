@@ -67,7 +67,6 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     (adapter_name,) = adapter_names
     lora_config = peft_model.peft_config[adapter_name]
     check_lora_config(lora_config)
-    state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     if delta_layers(peft_model, adapter_name):
         if peft_model.lora_ga.report is not None:
             raise ValueError(
@@ -75,7 +74,9 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 "discard what was trained since. Start from a fresh adapter, or merge this one first "
                 "(`model = model.merge_and_unload()`)."
             )
-        peft_model.lora_ga = replace(state, launch=peft_model.lora_ga.launch)
+        former = peft_model.lora_ga
+        state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
+        peft_model.lora_ga = replace(state, launch=former.launch)
         return adapter_name
     for other in peft_model.peft_config:
         if delta_layers(peft_model, other):
@@ -87,6 +88,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
+    state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name)
     make_portable(peft_model, state)
     return adapter_name

@@ -62,26 +62,23 @@ TINY = (*SHORT, "--use_cpu", "true")
 def test_a_run_on_two_processes(rows, model_path, tmp_path):
     """ZeRO-3: evaluation, generation and saving work on a model that is sharded, and only one process speaks."""
     data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
-    run = launch(
-        "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
-        "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo",
-        launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert [run.stdout.count(text) for text in ("Rows: ", "Held-out loss: ", "answered right after training: ")] == [
-        1,
-        1,
-        1,
-    ]
+
+    def train(*more):
+        run = launch(
+            "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
+            "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo", *more,
+            launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run
+
+    run = train()
+    for text in ("Rows: ", "Held-out loss: ", "answered right after training: "):
+        assert run.stdout.count(text) == 1
     assert json.loads((out / "lora_ga.json").read_text())["launch"] == {"backend": "ZeRO-3", "world_size": 2}
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), out)
 
-    resumed = launch(
-        "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
-        "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo", "--resume_from_checkpoint", "True",
-        launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    resumed = train("--resume_from_checkpoint", "True")
     (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
     assert loss in resumed.stdout
 
