@@ -32,14 +32,15 @@ class LoRAGAArguments:
         ga_direction (`str`, *optional*, defaults to `"ArB2r"`):
             Which of the first 2·r singular vectors go to A (V) and to B (U): `"ArB2r"` A the first r and B the next r,
             `"A2rBr"` the reverse, `"ArBr"` A the odd and B the even ones (counted from 0), `"random"` two disjoint
-            random sets.
+            random sets. `"gaussian"` is the paper's ablation: random vectors instead of singular ones.
         ga_scale (`str`, *optional*, defaults to `"stable"`):
             The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ, `"unit"` 1, `"gd"` 1/s,
-            `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight.
+            `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
+            and √(O/I) for B0 (the paper's ablation).
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the `stable` scale. Larger values start from smaller factors.
         ga_seed (`int`, *optional*, defaults to `42`):
-            Draws the examples, the sketch's test matrices and the `random` direction. Independent of `seed`.
+            Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`. Independent of `seed`.
 
     Raises:
         ValueError: a value is out of its range. The message tells the value, the rule and the remedy.
@@ -64,17 +65,22 @@ class LoRAGAArguments:
     )
     ga_direction: str = field(
         default="ArB2r",
-        metadata={"help": "Which singular vectors go to A and B: `ArB2r`, `A2rBr`, `ArBr` or `random`."},
+        metadata={
+            "help": "Which singular vectors go to A and B: `ArB2r`, `A2rBr`, `ArBr`, `random`; `gaussian` for none."
+        },
     )
     ga_scale: str = field(
         default="stable",
-        metadata={"help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, or `weight_svd`."},
+        metadata={
+            "help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
+        },
     )
     ga_gamma: float = field(
         default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
     )
     ga_seed: int = field(
-        default=42, metadata={"help": "Draws the examples, the sketch's test matrices and the `random` direction."}
+        default=42,
+        metadata={"help": "Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`."},
     )
 
     def __post_init__(self):

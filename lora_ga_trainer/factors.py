@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
-Scale = Literal["stable", "unit", "gd", "weight_svd"]
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random", "gaussian"]
+Scale = Literal["stable", "unit", "gd", "weight_svd", "gaussian"]
 
 
 class SingularTriplets(NamedTuple):
@@ -32,97 +32,132 @@ class Factors(NamedTuple):
     alignment: float
 
 
-def _first_then_second(rank: int, _: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.arange(rank), torch.arange(rank, 2 * rank)
+class Scales(NamedTuple):
+    """What multiplies the unit vectors: A0 = c_A · (rows), B0 = c_B · (columns). Equal in all of the paper's but `gaussian`."""
+
+    c_A: float
+    c_B: float
 
 
-def _second_then_first(rank: int, _: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.arange(rank, 2 * rank), torch.arange(rank)
+class UnitVectors(NamedTuple):
+    """The directions of the factors, before any scale, float32."""
+
+    rows_RI: Tensor
+    columns_OR: Tensor
 
 
-def _alternating(rank: int, _: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.arange(1, 2 * rank, 2), torch.arange(0, 2 * rank, 2)
+def _first_then_second(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
+    return _picked(triplets, torch.arange(rank), torch.arange(rank, 2 * rank))
 
 
-def _random_disjoint(rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _second_then_first(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
+    return _picked(triplets, torch.arange(rank, 2 * rank), torch.arange(rank))
+
+
+def _alternating(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
+    return _picked(triplets, torch.arange(1, 2 * rank, 2), torch.arange(0, 2 * rank, 2))
+
+
+def _random_disjoint(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
     order = torch.randperm(2 * rank, generator=generator)
-    return order[:rank], order[rank:]
+    return _picked(triplets, order[:rank], order[rank:])
 
 
-DIRECTIONS: dict[str, Callable[[int, torch.Generator], tuple[Tensor, Tensor]]] = {
+def _gaussian(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
+    (O, _), (I, _), device = triplets.u_OK.shape, triplets.v_IK.shape, triplets.s_K.device
+    rows_RI = torch.randn(rank, I, generator=generator) / math.sqrt(I)
+    columns_OR = torch.randn(O, rank, generator=generator) / math.sqrt(O)
+    return UnitVectors(rows_RI.to(device), columns_OR.to(device))
+
+
+def _picked(triplets: SingularTriplets, picks_A: Tensor, picks_B: Tensor) -> UnitVectors:
+    device = triplets.s_K.device
+    return UnitVectors(triplets.v_IK[:, picks_A.to(device)].T, triplets.u_OK[:, picks_B.to(device)])
+
+
+DIRECTIONS: dict[str, Callable[[SingularTriplets, int, torch.Generator], UnitVectors]] = {
     "ArB2r": _first_then_second,
     "A2rBr": _second_then_first,
     "ArBr": _alternating,
     "random": _random_disjoint,
+    "gaussian": _gaussian,
 }
 """Which of the first 2r singular vectors go to A (right vectors) and to B (left vectors); paper section 3.2, eq. 8.
 
-Any split of the first 2r into two disjoint halves gives the best rank-2r first step; they differ in later ones.
+Any split of the first 2r into two disjoint halves gives the best rank-2r first step; they differ in later ones. `gaussian`
+is the paper's ablation without the gradient: random vectors of unit length in the mean.
 """
 assert tuple(DIRECTIONS) == get_args(Direction)
 
 
-def scale_factor(
+def scale_factors(
     scale: Scale,
     *,
     out_features: int,
+    in_features: int,
     rank: int,
     scaling: float,
     gamma: float,
     weight_singular_values: Callable[[], Tensor],
-) -> float:
-    """The number c that multiplies the singular vectors: A0 = c·V[:, a]ᵀ and B0 = c·U[:, b].
+) -> Scales:
+    """The numbers that multiply the directions: A0 = c_A·V[:, a]ᵀ and B0 = c_B·U[:, b].
 
     - `stable`: c = O^¼ / √γ, which keeps the adapter's output on one scale as O and r grow (paper section 3.3,
       theorem 3.2; γ of its section 4.1).
     - `unit`: c = 1 (the paper's "+GA" ablation).
     - `gd`: c = 1 / s, with s the adapter's scaling.
     - `weight_svd`: c = mean over i < r of √(σᵢ(W) / s).
+    - `gaussian`: c_A = √(I/O), c_B = √(O/I), so that with the direction `gaussian` A0 has entries of variance 1/O and B0 of
+      1/I (the paper's "Gaussian" ablation).
 
     Args:
         scaling: PEFT's `scaling` of the layer; with rsLoRA s = α/√r (the paper's η).
         gamma: γ, used by `stable` only.
         weight_singular_values: called by `weight_svd` only; returns the singular values of W, descending.
     """
+    if scale == "gaussian":
+        return Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
     formulas: dict[str, Callable[[], float]] = {
         "stable": lambda: out_features**0.25 / math.sqrt(gamma),
         "unit": lambda: 1.0,
         "gd": lambda: 1.0 / scaling,
         "weight_svd": lambda: (weight_singular_values()[:rank] / scaling).sqrt().mean().item(),
     }
-    return formulas[scale]()
+    c = formulas[scale]()
+    return Scales(c, c)
 
 
-def alignment(s_K: Tensor, gradient_norm: float, picks_A: Tensor, picks_B: Tensor) -> float:
+def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:
     """How much of the gradient the first step can follow: cos(G, B0 B0ᵀ G + G A0ᵀ A0), in [0, 1].
 
     The first gradient step of a LoRA with factors A0, B0 moves the weight along B0 B0ᵀ G + G A0ᵀ A0 (paper section 3.2,
-    eq. 6). With G = U S Vᵀ that matrix is c²·Σ mᵢ sᵢ uᵢ vᵢᵀ, where mᵢ counts how many of A0, B0 use triplet i, so
+    eq. 6). With G = U S Vᵀ, P = B0ᵀ U S and Q = A0 V S that is B0 P Vᵀ + U Qᵀ A0, and nothing of size O×I is formed:
 
-        cos = Σ mᵢ sᵢ² / (√(Σ mᵢ² sᵢ²) · ‖G‖).
+        ⟨G, step⟩ = ‖P‖² + ‖Q‖²
+        ‖step‖²   = ⟨B0ᵀB0, P Pᵀ⟩ + ⟨A0 A0ᵀ, Q Qᵀ⟩ + 2 tr(A0 V Pᵀ B0ᵀ U Qᵀ)
+
+    The triplets stand for G here, but for its norm. That is exact for factors that are singular vectors among them, since the
+    step then has no part in the others; for `gaussian` it leaves out what the random vectors catch of the others.
     """
-    multiplicity_K = torch.zeros_like(s_K)
-    multiplicity_K[picks_A.to(s_K.device)] += 1
-    multiplicity_K[picks_B.to(s_K.device)] += 1
-    step_norm = (multiplicity_K * s_K).norm()
-    return ((multiplicity_K * s_K**2).sum() / (step_norm * gradient_norm)).item()
+    bu_RK, av_RK = b_OR.T @ triplets.u_OK, a_RI @ triplets.v_IK
+    p_RK, q_RK = bu_RK * triplets.s_K, av_RK * triplets.s_K
+    along = p_RK.square().sum() + q_RK.square().sum()
+    squared_norm = ((b_OR.T @ b_OR) * (p_RK @ p_RK.T)).sum() + ((a_RI @ a_RI.T) * (q_RK @ q_RK.T)).sum()
+    squared_norm = squared_norm + 2 * torch.trace(av_RK @ p_RK.T @ bu_RK @ q_RK.T)
+    return (along / (squared_norm.sqrt() * triplets.gradient_norm)).item()
 
 
 def lora_ga_factors(
-    triplets: SingularTriplets, rank: int, direction: Direction, c: float, generator: torch.Generator
+    triplets: SingularTriplets, rank: int, direction: Direction, scales: Scales, generator: torch.Generator
 ) -> Factors:
-    """A0 = c·V[:, a]ᵀ (R×I) and B0 = c·U[:, b] (O×R); paper section 3.2, eq. 8 and section 3.3.
+    """A0 = c_A·V[:, a]ᵀ (R×I) and B0 = c_B·U[:, b] (O×R); paper section 3.2, eq. 8 and section 3.3.
 
     No singular value enters, so multiplying the loss by a constant changes nothing. The columns a, b are those of
     `direction`.
 
     Args:
-        generator: a CPU generator, drawn from by the direction `random` only.
+        generator: a CPU generator, drawn from by the directions `random` and `gaussian` only.
     """
-    picks_A, picks_B = DIRECTIONS[direction](rank, generator)
-    device = triplets.s_K.device
-    return Factors(
-        a_RI=c * triplets.v_IK[:, picks_A.to(device)].T,
-        b_OR=c * triplets.u_OK[:, picks_B.to(device)],
-        alignment=alignment(triplets.s_K, triplets.gradient_norm, picks_A, picks_B),
-    )
+    rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
+    a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
+    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR))

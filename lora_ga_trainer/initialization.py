@@ -31,7 +31,7 @@ from .estimation import (
     make_accumulator,
     sketch_width,
 )
-from .factors import Factors, lora_ga_factors, scale_factor
+from .factors import Factors, lora_ga_factors, scale_factors
 from .memory import peak_memory
 from .probe import preserved_rng
 from .report import InitReport
@@ -231,13 +231,14 @@ def factor_gradient(
     `weight_s`, the singular values of W, are for `weight_svd` only.
     """
     R = layer.r[adapter_name]
-    c = scale_factor(
+    scales = scale_factors(
         config.ga_scale,
         out_features=layer.out_features,
+        in_features=layer.in_features,
         rank=R,
         scaling=layer.scaling[adapter_name],
         gamma=config.ga_gamma,
         weight_singular_values=lambda: weight_s,
     )
-    generator = torch.Generator().manual_seed(layer_seed(name, config.ga_seed))
-    return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, c, generator)
+    generator = torch.Generator().manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
+    return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, scales, generator)

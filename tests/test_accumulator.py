@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
-from lora_ga_trainer.factors import lora_ga_factors
+from lora_ga_trainer.factors import Scales, lora_ga_factors
 
 O, I, RANK = 96, 128, 4
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def exact_alignment(grad_OI, found):
 
 
 def factors_of(accumulator):
-    return lora_ga_factors(accumulator.triplets(2 * RANK), RANK, "ArB2r", 1.0, torch.Generator())
+    return lora_ga_factors(accumulator.triplets(2 * RANK), RANK, "ArB2r", Scales(1.0, 1.0), torch.Generator())
 
 
 def test_exact_is_the_sum_over_tokens():

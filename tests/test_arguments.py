@@ -57,7 +57,7 @@ def test_command_line_and_yaml(tmp_path):
         ("ga_estimator", "svd", "one of 'sketch', 'exact'"),
         ("ga_sketch_passes", 0, "whole number of at least 1"),
         ("ga_sketch_size", 1, "whole number of at least 2; leave it out"),
-        ("ga_direction", "ArB", "one of 'ArB2r', 'A2rBr', 'ArBr', 'random'"),
+        ("ga_direction", "ArB", "one of 'ArB2r', 'A2rBr', 'ArBr', 'random', 'gaussian'"),
         ("ga_scale", "stabel", "one of 'stable', 'unit', 'gd', 'weight_svd'"),
         ("ga_gamma", 0.0, "finite number above 0"),
         ("ga_gamma", -1, "finite number above 0"),

@@ -4,7 +4,7 @@ import dense_reference
 import pytest
 import torch
 
-from lora_ga_trainer.factors import SingularTriplets, lora_ga_factors, scale_factor
+from lora_ga_trainer.factors import Scales, SingularTriplets, lora_ga_factors, scale_factors
 
 RANK, SCALING, GAMMA = 3, 5.5, 16.0
 # float32 singular vectors against float64: the gaps of a 40×28 Gaussian's spectrum amplify 6e-8 by about a hundred.
@@ -31,16 +31,16 @@ def same_up_to_signs(rows, reference):
 @pytest.mark.parametrize("shape", [(40, 28), (28, 40)])
 def test_factors_are_the_papers(direction, scale, shape):
     grad_OI, weight_OI = gradient(*shape), torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    c = scale_factor(
-        scale, out_features=shape[0], rank=RANK, scaling=SCALING, gamma=GAMMA,
+    scales = scale_factors(
+        scale, out_features=shape[0], in_features=shape[1], rank=RANK, scaling=SCALING, gamma=GAMMA,
         weight_singular_values=lambda: torch.linalg.svdvals(weight_OI),
     )  # fmt: skip
     reference_c = dense_reference.scale(
         scale, out_features=shape[0], rank=RANK, scaling=SCALING, gamma=GAMMA, weight_OI=weight_OI
     )
-    assert c == pytest.approx(reference_c, rel=1e-6)  # float32 singular values of W
+    assert scales == pytest.approx((reference_c, reference_c), rel=1e-6)  # float32 singular values of W
 
-    found = lora_ga_factors(triplets(grad_OI), RANK, direction, c, torch.Generator())
+    found = lora_ga_factors(triplets(grad_OI), RANK, direction, scales, torch.Generator())
     a_RI, b_OR = dense_reference.factors(grad_OI, RANK, direction, reference_c)
     assert found.a_RI.shape == (RANK, shape[1]) and found.b_OR.shape == (shape[0], RANK)
     assert same_up_to_signs(found.a_RI, a_RI)
@@ -54,7 +54,9 @@ def test_random_direction_takes_disjoint_singular_vectors_and_follows_its_seed()
     u, _, v = dense_reference.singular_vectors(grad_OI)
 
     def picks(seed):
-        found = lora_ga_factors(triplets(grad_OI), RANK, "random", 1.0, torch.Generator().manual_seed(seed))
+        found = lora_ga_factors(
+            triplets(grad_OI), RANK, "random", Scales(1.0, 1.0), torch.Generator().manual_seed(seed)
+        )
         # each row of A0 and column of B0 is one singular vector: the column where its overlap is 1
         a = (found.a_RI.double() @ v).abs().argmax(dim=1).tolist()
         b = (u.T @ found.b_OR.double()).abs().argmax(dim=0).tolist()
@@ -72,5 +74,24 @@ def test_alignment_counts_what_the_first_step_misses():
     u, _, v = dense_reference.singular_vectors(gradient())
     for count, expected in ((2 * RANK, 1.0), (4 * RANK, 0.5**0.5)):
         flat = (u[:, :count] @ v[:, :count].T).float()
-        found = lora_ga_factors(triplets(flat), RANK, "ArB2r", 1.0, torch.Generator())
+        found = lora_ga_factors(triplets(flat), RANK, "ArB2r", Scales(1.0, 1.0), torch.Generator())
         assert found.alignment == pytest.approx(expected, rel=1e-5)  # float32 singular vectors
+
+
+@pytest.mark.parametrize("scale", ["gaussian", "stable"])
+def test_gaussian_ablation_has_the_papers_variances(scale):
+    O, I, R = 400, 300, 50
+    grad_OI = gradient(O, I)
+    scales = scale_factors(
+        scale, out_features=O, in_features=I, rank=R, scaling=SCALING, gamma=GAMMA, weight_singular_values=list
+    )
+    found = lora_ga_factors(triplets(grad_OI, k=I), R, "gaussian", scales, torch.Generator().manual_seed(3))
+    c = dense_reference.scale("stable", out_features=O, rank=R, scaling=SCALING, gamma=GAMMA, weight_OI=None)
+    variances = {"gaussian": (1 / O, 1 / I), "stable": (c**2 / I, c**2 / O)}[scale]
+    # 15,000 and 20,000 draws: the variance's relative standard error is 1.2 % at most
+    assert found.a_RI.var().item() == pytest.approx(variances[0], rel=0.05)
+    assert found.b_OR.var().item() == pytest.approx(variances[1], rel=0.05)
+    # all of the triplets are there, so nothing is left out; float32 against float64
+    assert found.alignment == pytest.approx(dense_reference.alignment(grad_OI, found.a_RI, found.b_OR), rel=1e-4)
+    again = lora_ga_factors(triplets(grad_OI, k=I), R, "gaussian", scales, torch.Generator().manual_seed(3))
+    assert torch.equal(again.a_RI, found.a_RI) and torch.equal(again.b_OR, found.b_OR)
