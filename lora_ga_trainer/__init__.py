@@ -1,9 +1,22 @@
 """LoRA-GA (arXiv 2407.05000) in the HuggingFace ecosystem: `LoRAGASFTTrainer` in place of TRL's `SFTTrainer`."""
 
 from ._version import __version__
-from .arguments import LoRAGAArguments, LoRAGASFTConfig
-from .initialization import initialize_lora_ga
+from .arguments import LoRAGAArguments, LoRAGASeq2SeqConfig, LoRAGASFTConfig
+from .initialization import initialize_lora_ga, restart_lora_ga
 from .report import InitReport
-from .trainer import LoRAGASFTTrainer
+from .seq2seq_trainer import LoRAGASeq2SeqTrainer
+from .sft_trainer import LoRAGASFTTrainer
+from .trainer import LoRAGAMixin
 
-__all__ = ["InitReport", "LoRAGAArguments", "LoRAGASFTConfig", "LoRAGASFTTrainer", "__version__", "initialize_lora_ga"]
+__all__ = [
+    "InitReport",
+    "LoRAGAArguments",
+    "LoRAGAMixin",
+    "LoRAGASFTConfig",
+    "LoRAGASFTTrainer",
+    "LoRAGASeq2SeqConfig",
+    "LoRAGASeq2SeqTrainer",
+    "__version__",
+    "initialize_lora_ga",
+    "restart_lora_ga",
+]

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig
 
 from .factors import Direction, Scale
@@ -39,6 +40,12 @@ class LoRAGAArguments:
             and √(O/I) for B0 (the paper's ablation).
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the `stable` scale. Larger values start from smaller factors.
+        ga_restart_steps (`int`, *optional*):
+            Every so many optimizer steps, freeze what was trained so far into the adapter and start again from the gradient
+            at the current function (LoRA-GA inside ReLoRA, arXiv 2307.05695). The saved adapter's rank grows by 2·r each
+            time. Default: never.
+        ga_restart_warmup_steps (`int`, *optional*, defaults to `10`):
+            Steps over which the learning rate climbs back to its schedule after a restart; 0 for at once.
         ga_seed (`int`, *optional*, defaults to `42`):
             Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`. Independent of `seed`.
 
@@ -78,6 +85,13 @@ class LoRAGAArguments:
     ga_gamma: float = field(
         default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
     )
+    ga_restart_steps: int | None = field(
+        default=None,
+        metadata={"help": "Start again from a fresh gradient every so many steps. Default: never."},
+    )
+    ga_restart_warmup_steps: int = field(
+        default=10, metadata={"help": "Steps over which the learning rate comes back after a restart."}
+    )
     ga_seed: int = field(
         default=42,
         metadata={"help": "Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`."},
@@ -90,6 +104,10 @@ class LoRAGAArguments:
         )
         self._check_integer("ga_sketch_passes", minimum=1, remedy="3 is the default, 1 the fastest")
         self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 48")
+        self._check_integer(
+            "ga_restart_steps", minimum=1, optional=True, remedy="leave it out to start from the gradient only once"
+        )
+        self._check_integer("ga_restart_warmup_steps", minimum=0, remedy="10 is the default, 0 none")
         self._check_integer("ga_seed", minimum=0, remedy="42 is the default")
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
@@ -124,9 +142,47 @@ class LoRAGASFTConfig(LoRAGAArguments, SFTConfig):
         SFTConfig.__post_init__(self)
 
 
-def paper_lora_config() -> LoraConfig:
+@dataclass
+class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
+    """transformers' `Seq2SeqTrainingArguments` and the `ga_*` fields of `LoRAGAArguments`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `Seq2SeqTrainingArguments` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        Seq2SeqTrainingArguments.__post_init__(self)
+
+
+Config = TypeVar("Config", LoRAGASFTConfig, LoRAGASeq2SeqConfig)
+
+
+def with_ga_options(config_class: type[Config], args: TrainingArguments | None, model: Any) -> Config:
+    """`args` as a `config_class`: itself, or its fields and the default `ga_*` options.
+
+    Raises:
+        ValueError: `args` has fields that `config_class` does not have.
+    """
+    if isinstance(args, config_class):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return config_class(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
+    # `to_dict` would hide every field that ends in "token", `eos_token` too
+    values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
+    unknown = values.keys() - {option.name for option in fields(config_class)}
+    if unknown:
+        raise ValueError(
+            f"`args` is a {type(args).__name__} with the fields {sorted(unknown)}, which `{config_class.__name__}` does not "
+            f"have. Derive your configuration from `{config_class.__name__}`."
+        )
+    return config_class(**values)
+
+
+def paper_lora_config(task_type: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
     """The paper's adapter (section 4.1): r 8, α 16, rsLoRA scaling, every linear layer but the head."""
-    return LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type=task_type)
 
 
 OTHER_METHODS = {

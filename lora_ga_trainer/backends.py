@@ -12,15 +12,14 @@ partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, any other is whole 
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
@@ -131,7 +130,8 @@ def write_parameter(parameter: Tensor, value: Tensor) -> None:
     Every process has to call it, with equal values, in the same order.
 
     The copies in fp32 that ZeRO keeps of *trainable* parameters are not refreshed. LoRA-GA writes frozen parameters, which
-    have none, and on resuming the values that the optimizer's restored state was saved with.
+    have none, and on resuming the values that the optimizer's restored state was saved with; after a restart
+    `forget_optimizer_state` refreshes them.
     """
     with torch.no_grad():
         if is_zero3(parameter):
@@ -173,85 +173,31 @@ def may_freeze_while_probing(model: nn.Module) -> bool:
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-# --- launches -------------------------------------------------------------------------------------------------------
-
-WHOLE_PARAMETERS = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_MLU,
-    DistributedType.MULTI_MUSA,
-    DistributedType.MULTI_HPU,
-)
-"""Every process has all of the model: one process, or DDP."""
+# --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a run is spread over processes; decides whether another run can read its optimizer state."""
+def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    """Drop momenta and step counts of the trainable `parameters`, whose values have just been written.
 
-    backend: str
-    """`DDP` (one process is a DDP of one), `ZeRO-0` to `ZeRO-3`, or `FSDP2`."""
-    world_size: int
-
-    def __str__(self) -> str:
-        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        return processes if self == Launch("DDP", 1) else f"{self.backend} over {processes}"
-
-
-def launch_of(accelerator: Accelerator) -> Launch:
-    """How this run was launched.
-
-    Raises:
-        ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, where LoRA-GA's estimation
-            has not been worked out.
+    ZeRO keeps one flat fp32 copy and one state for many parameters, so there all of them are dropped and all copies taken
+    anew; `check_restart` sees to it that nothing else trains.
     """
-    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise ValueError(
-            "This run splits its model or its sequences over processes (tensor, context or sequence parallelism), but LoRA-GA "
-            "takes every process for one with examples of its own. Launch it with data parallelism only: DDP, DeepSpeed ZeRO "
-            "or FSDP2."
-        )
-    if kind in WHOLE_PARAMETERS:
-        return Launch("DDP", accelerator.num_processes)
-    if kind == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        return Launch(f"ZeRO-{stage}", accelerator.num_processes)
-    if accelerator.is_fsdp2:
-        return Launch("FSDP2", accelerator.num_processes)
-    raise ValueError(
-        f"This run was launched with {kind.value}{' 1' if kind == DistributedType.FSDP else ''}, which LoRA-GA does not "
-        "support. Use one process, DDP, DeepSpeed ZeRO-1/2/3 or FSDP2 (`fsdp_version: 2` in accelerate's configuration)."
-    )
-
-
-def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
-    """Refuse reentrant gradient checkpointing under FSDP2: it runs no backward that is limited to some inputs.
-
-    Raises:
-        ValueError: both are on.
-    """
-    if launch.backend == "FSDP2" and use_reentrant:
-        raise ValueError(
-            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. "
-            "Leave it out: without it checkpointing is not reentrant, which is what PyTorch recommends."
-        )
-
-
-def check_resumable_launch(saved: Launch, present: Launch) -> None:
-    """Whether `present` can read the optimizer state that `saved` wrote.
-
-    Raises:
-        ValueError: another backend, or another number of ZeRO processes.
-    """
-    same_files = saved.backend == present.backend
-    if same_files and (saved.backend in ("DDP", "FSDP2") or saved.world_size == present.world_size):
+    while isinstance(optimizer, AcceleratedOptimizer):  # DeepSpeed's wrapper is one, too
+        optimizer = optimizer.optimizer
+    if is_zero_optimizer(optimizer):
+        optimizer.refresh_fp32_params()
+        optimizer.optimizer.state.clear()
+        for group in optimizer.optimizer.param_groups:
+            group.pop("step", None)  # where DeepSpeed's FusedAdam counts
         return
-    raise ValueError(
-        f"The checkpoint was saved by {saved}, and {present} cannot read its optimizer state. Resume with {saved}, or start "
-        "a new run from the exported weights (`python -m lora_ga_trainer.checkpoint --checkpoint_dir ... --out ... --merge`). "
-        "Only DDP, one process included, and FSDP2 can resume with another number of processes."
-    )
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def is_zero_optimizer(optimizer: Optimizer) -> bool:
+    """Whether DeepSpeed's ZeRO, of stage 1 to 3, stands around the real optimizer."""
+    if "deepspeed" not in sys.modules:
+        return False
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    return isinstance(optimizer, ZeROOptimizer)

@@ -8,6 +8,10 @@ With the differences dA = A − A0 and dB = B − B0, which alone are trained, t
 one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision. PEFT's layers only ever call
 `lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right.
 
+A restart freezes the rows and columns so far as `history` H behind a new pair, so that the rank grows by 2R each time:
+
+    lora_A = [A0 + dA; dA; H_A]        lora_B = [dB, B0, H_B]
+
 Shapes: O out features, I in features, R the rank that trains.
 """
 
@@ -19,7 +23,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .backends import is_sharded, write_parameter
+from .backends import compute_device, full_tensor, is_sharded, write_parameter
 
 
 class DeltaHalf(nn.Module):
@@ -27,6 +31,9 @@ class DeltaHalf(nn.Module):
 
     `trainable` is the parameter that PEFT made, set to zero, so that an optimizer which already holds it keeps working.
     `frozen` is zero until it is estimated; it has the same dtype and device.
+    `history` is what earlier restarts froze, None before the first. It is a buffer, whole on every process, because
+    parameters that are made while training would be unknown to ZeRO-3 and FSDP2; and not persistent, because their own
+    checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
     """
 
     def __init__(self, trainable: nn.Parameter):
@@ -35,28 +42,31 @@ class DeltaHalf(nn.Module):
             trainable.zero_()
         self.trainable = trainable
         self.frozen = nn.Parameter(torch.zeros_like(trainable), requires_grad=False)
+        self.register_buffer("history", None, persistent=False)
 
     @staticmethod
-    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
-        """The rank-2R matrix that PEFT, and the saved file, see."""
+    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
+        """The matrix of rank 2R, or more after restarts, that PEFT, and the saved file, see."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        return self.join(self.trainable, self.frozen)
+        return self.join(self.trainable, self.frozen, self.history)
 
 
 class DeltaA(DeltaHalf):
     """Takes the place of `lora_A`: weight [A0 + dA; dA] (2R×I), with dA = `trainable` and A0 = `frozen` (R×I)."""
 
     @staticmethod
-    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
-        return torch.cat([frozen + trainable, trainable], dim=0)
+    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
+        earlier = [] if history is None else [history.to(trainable.dtype)]
+        return torch.cat([frozen + trainable, trainable, *earlier], dim=0)
 
     @staticmethod
-    def split(weight: Tensor) -> Tensor:
-        """dA of a joined weight, bit for bit. A0 is not in it but for one rounding; `checkpoint` keeps it apart."""
-        return weight.chunk(2, dim=0)[1]
+    def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
+        """(dA, history) of a joined weight, bit for bit. A0 is not in it but for one rounding; `checkpoint` keeps it apart."""
+        _, trainable, history = weight.tensor_split([rank, 2 * rank], dim=0)
+        return trainable, history if len(history) else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -73,14 +83,15 @@ class DeltaB(DeltaHalf):
         self.bias = bias
 
     @staticmethod
-    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
-        return torch.cat([trainable, frozen], dim=1)
+    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
+        earlier = [] if history is None else [history.to(trainable.dtype)]
+        return torch.cat([trainable, frozen, *earlier], dim=1)
 
     @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(dB, B0) of a joined weight, bit for bit."""
-        trainable, frozen = weight.chunk(2, dim=1)
-        return trainable, frozen
+    def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dB, B0, history) of a joined weight, bit for bit."""
+        trainable, frozen, history = weight.tensor_split([rank, 2 * rank], dim=1)
+        return trainable, frozen, history if history.shape[1] else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -188,3 +199,23 @@ def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tenso
     """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init."""
     write_parameter(layer.lora_A[adapter_name].frozen, a_RI)
     write_parameter(layer.lora_B[adapter_name].frozen, b_OR)
+
+
+def delta_halves(layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, DeltaHalf]:
+    """Both halves of every layer, by module name."""
+    halves = {}
+    for name, layer in layers.items():
+        halves[f"{name}.lora_A.{adapter_name}"] = layer.lora_A[adapter_name]
+        halves[f"{name}.lora_B.{adapter_name}"] = layer.lora_B[adapter_name]
+    return halves
+
+
+def freeze_trained(layer: LoraLayer, adapter_name: str) -> None:
+    """Move what `layer` has learned into its history; dA and dB are zero again, and the function is the same.
+
+    Every process has to call it. A0 and B0 stay until `write_factors` replaces them: with zero differences they add nothing.
+    """
+    for half in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+        trainable, frozen = full_tensor(half.trainable), full_tensor(half.frozen)
+        half.history = half.join(trainable, frozen, half.history).to(compute_device(half.trainable))
+        write_parameter(half.trainable, torch.zeros_like(trainable))

@@ -115,8 +115,12 @@ def estimate_gradients(
     compute_loss: ComputeLoss,
     num_items: int,
     disable_tqdm: bool = True,
+    *,
+    adapter_is_zero: bool = True,
 ) -> list[int]:
     """Fill `accumulators` with the gradient of Σ compute_loss(model, batch, num_items) over the batches of all processes.
+
+    The gradient is that at the current function; `adapter_is_zero` says that this is the base model's.
 
     Returns:
         for each pass, the bytes that this process put into the all-reduce of its sums.
@@ -136,7 +140,8 @@ def estimate_gradients(
             progress.set_description(f"LoRA-GA gradient, pass {pass_number}/{passes}")
             summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
             problem = None
-            with gradient_probe(model, layers, {name: acc.add for name, acc in summing.items()}) as backward:
+            receivers = {name: accumulator.add for name, accumulator in summing.items()}
+            with gradient_probe(model, layers, receivers, adapter_is_zero) as backward:
                 for index, (batch, weight) in enumerate(weighted):
                     loss = compute_loss(model, send_to_device(batch, device), num_items)
                     problem = problem or _loss_problem(loss, index)

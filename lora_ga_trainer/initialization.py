@@ -1,6 +1,7 @@
 """LoRA-GA's initialization of a PEFT model, whole: probe the gradient, factor it, write A0 and B0.
 
-`initialize_lora_ga` is for people with their own loop; `LoRAGASFTTrainer` calls the same function.
+`initialize_lora_ga` is for people with their own loop; `LoRAGASFTTrainer` calls the same function. `restart_lora_ga` does it
+again in the middle of training.
 
 Shapes: O out features, I in features, R LoRA rank.
 """
@@ -10,28 +11,24 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import broadcast, compute_device, full_tensor, is_sharded, raise_on_all, rank, spread
+from .backends import compute_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
-from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, write_factors
+from .delta import attach_delta_form, check_targets, delta_halves, delta_layers, lora_layers
 from .estimation import (
-    Accumulator,
     ComputeLoss,
     count_label_tokens,
     estimate_gradients,
     language_model_loss,
-    layer_seed,
     make_accumulator,
     sketch_width,
 )
-from .factors import Factors, lora_ga_factors, scale_factors
+from .factorization import write_all_factors
 from .memory import peak_memory
 from .probe import preserved_rng
 from .report import InitReport
@@ -136,7 +133,61 @@ def initialize_lora_ga(
             f"`config` is a {type(config).__name__}, but must hold the `ga_*` options: pass `LoRAGAArguments(...)` or a "
             "`LoRAGASFTConfig`."
         )
-    adapter_name = attach_lora_ga(peft_model, config)
+    attach_lora_ga(peft_model, config)
+    report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=False)
+    peft_model.lora_ga.report = report
+    return report
+
+
+def restart_lora_ga(
+    peft_model: PeftModel,
+    batches: Iterable[dict[str, Tensor]],
+    config: LoRAGAArguments,
+    optimizer: Optimizer,
+    compute_loss: ComputeLoss | None = None,
+    *,
+    disable_tqdm: bool = False,
+) -> InitReport:
+    """Start again from a fresh gradient: LoRA-GA inside ReLoRA. To be called between two optimizer steps.
+
+    What was trained so far is frozen into the adapter, so the function is the same and the base stays unwritten; dA and dB are
+    zero again beside new factors from the gradient at the current function, and `optimizer` forgets what it knew of them. The
+    saved adapter's rank grows by 2·r; merging removes that. If anything fails before the factors are found, nothing has been
+    changed. The learning rate is the caller's: let it climb again, since the optimizer starts without momentum.
+
+    Args:
+        optimizer: that of the training, as `accelerator.prepare` or `deepspeed.initialize` returned it.
+        peft_model, batches, config, compute_loss: as for `initialize_lora_ga`.
+
+    Returns:
+        the alignment of each layer, and what the estimation took.
+
+    Raises:
+        ValueError: the adapter has not been initialized yet; or what `initialize_lora_ga` raises.
+    """
+    state = peft_model.lora_ga
+    if state.report is None:
+        raise ValueError(
+            f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so there is nothing to restart. Call "
+            "`initialize_lora_ga(...)` first."
+        )
+    report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=True)
+    halves = delta_halves(delta_layers(peft_model, state.adapter_name), state.adapter_name)
+    forget_optimizer_state(optimizer, [half.trainable for half in halves.values()])
+    state.restarts.append(report)
+    return report
+
+
+def _factors_from_gradient(
+    peft_model: PeftModel,
+    batches: Iterable[dict[str, Tensor]],
+    config: LoRAGAArguments,
+    compute_loss: ComputeLoss | None,
+    disable_tqdm: bool,
+    restart: bool,
+) -> InitReport:
+    """Estimate, factor, write; at a `restart` what was trained goes to the history first."""
+    adapter_name = peft_model.lora_ga.adapter_name
     layers = delta_layers(peft_model, adapter_name)
     if config.ga_estimator == "exact" and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
         gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
@@ -152,9 +203,16 @@ def initialize_lora_ga(
     with peak_memory(compute_device(next(peft_model.parameters()))) as peak:
         accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
         all_reduced_bytes = estimate_gradients(
-            peft_model, layers, accumulators, batches, compute_loss or language_model_loss, num_items, disable_tqdm
+            peft_model,
+            layers,
+            accumulators,
+            batches,
+            compute_loss or language_model_loss,
+            num_items,
+            disable_tqdm,
+            adapter_is_zero=not restart,
         )
-        alignment = write_all_factors(layers, accumulators, adapter_name, config)
+        alignment = write_all_factors(layers, accumulators, adapter_name, config, restart)
 
     report = InitReport(
         alignment=alignment,
@@ -163,82 +221,6 @@ def initialize_lora_ga(
         extra_peak_bytes=peak.extra_bytes,
         all_reduced_bytes=all_reduced_bytes,
     )
-    peft_model.lora_ga.report = report
     if rank() == 0:
         logger.info(report.summary())
     return report
-
-
-def write_all_factors(
-    layers: dict[str, LoraLayer], accumulators: dict[str, Accumulator], adapter_name: str, config: LoRAGAArguments
-) -> dict[str, float]:
-    """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
-
-    Nothing is written before all factors have been found.
-
-    Returns:
-        the alignment of each layer.
-    """
-    owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
-    found: dict[str, Factors] = {}
-    problem = None
-    for name, layer in layers.items():
-        mine = owners[name] == rank()
-        weight_s = weight_singular_values(layer, mine) if config.ga_scale == "weight_svd" else None
-        accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
-        if mine:
-            try:
-                found[name] = factor_gradient(name, layer, accumulator, adapter_name, config, weight_s)
-            except torch.linalg.LinAlgError as error:
-                problem = f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
-    raise_on_all(problem)
-
-    alignment = {}
-    for name, layer in layers.items():
-        R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
-        device = compute_device(layer.lora_A[adapter_name].trainable)
-        flat = torch.empty(R * I + O * R + 1, device=device)
-        if name in found:
-            factors = found.pop(name)
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), torch.tensor([factors.alignment], device=device)]
-            torch.cat(parts, out=flat)
-        broadcast(flat, source=owners[name])
-        a, b, layer_alignment = flat.split([R * I, O * R, 1])
-        write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
-        alignment[name] = layer_alignment.item()
-    return alignment
-
-
-def weight_singular_values(layer: LoraLayer, mine: bool) -> Tensor | None:
-    """The singular values of W, dequantized and gathered, on the process whose layer it is; all take part in gathering.
-
-    The whole weight lives no longer than this call, so that no two ever stand on a process.
-    """
-    weight = full_tensor(dequantize_module_weight(layer.get_base_layer()))
-    return torch.linalg.svdvals(weight.detach().float()) if mine else None
-
-
-def factor_gradient(
-    name: str,
-    layer: LoraLayer,
-    accumulator: Accumulator,
-    adapter_name: str,
-    config: LoRAGAArguments,
-    weight_s: Tensor | None = None,
-) -> Factors:
-    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas.
-
-    `weight_s`, the singular values of W, are for `weight_svd` only.
-    """
-    R = layer.r[adapter_name]
-    scales = scale_factors(
-        config.ga_scale,
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        rank=R,
-        scaling=layer.scaling[adapter_name],
-        gamma=config.ga_gamma,
-        weight_singular_values=lambda: weight_s,
-    )
-    generator = torch.Generator().manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
-    return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, scales, generator)

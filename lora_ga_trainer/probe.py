@@ -48,8 +48,8 @@ class _Tap(torch.autograd.Function):
 def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[Tensor]:
     """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in float32.
 
-    dy is the gradient at the output of the whole PEFT layer; its adapter adds zero, so that is the gradient at the output
-    of W.
+    dy is the gradient at the output of the whole PEFT layer, which is that of W plus that of its adapter, so also the
+    gradient at the output of W.
 
     Yields:
         the anchor of all taps: a backward that is to reach nothing else can ask for its gradient.
@@ -139,11 +139,11 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def silent_parameters(
-    model: nn.Module, layers: dict[str, LoraLayer], anchor: Tensor
+    model: nn.Module, zero_layers: dict[str, LoraLayer], anchor: Tensor
 ) -> Iterator[Callable[[Tensor], None]]:
     """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
     if may_freeze_while_probing(model):
-        with frozen_parameters(model), bypassed(layers):  # in this order: bypassing switches parameters on again
+        with frozen_parameters(model), bypassed(zero_layers):  # in this order: bypassing switches parameters on again
             yield Tensor.backward
     else:
         yield partial(Tensor.backward, inputs=[anchor])
@@ -151,14 +151,18 @@ def silent_parameters(
 
 @contextmanager
 def gradient_probe(
-    model: nn.Module, layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]
+    model: nn.Module,
+    layers: dict[str, LoraLayer],
+    receivers: dict[str, Callable[[Tensor, Tensor], None]],
+    adapter_is_zero: bool,
 ) -> Iterator[Callable[[Tensor], None]]:
     """All of the above at once; everything they touch is restored on the way out, after an error too.
 
     Args:
-        model: the module that runs (not its DDP or DeepSpeed wrapper), its LoRA-GA adapter at zero.
+        model: the module that runs (not its DDP or DeepSpeed wrapper).
         layers: the adapted layers by name.
         receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), float32.
+        adapter_is_zero: the adapter adds nothing yet, and need not be computed.
 
     Yields:
         the `backward(loss)` to use instead of `loss.backward()`.
@@ -167,6 +171,6 @@ def gradient_probe(
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
-        silent_parameters(model, layers, anchor) as backward,
+        silent_parameters(model, layers if adapter_is_zero else {}, anchor) as backward,
     ):
         yield backward

@@ -1,4 +1,4 @@
-"""LoRA-GA as one class swap: `LoRAGASFTTrainer` is TRL's `SFTTrainer` whose LoRA starts from the gradient.
+"""LoRA-GA for a `Trainer`: what `LoRAGASFTTrainer` and `LoRAGASeq2SeqTrainer` have in common.
 
 trainer = LoRAGASFTTrainer(model, args, train_dataset=...)    the adapter gets its delta form: zero, like any LoRA
 trainer.train()                                               1. sample n training examples
@@ -8,29 +8,29 @@ trainer.train()                                               1. sample n traini
 trainer.save_model()                                          an ordinary LoRA adapter for the untouched base
 """
 
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTTrainer
 
-from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config
-from .backends import check_checkpointing, gather_objects, launch_of, rank, world_size
+from .backends import gather_objects, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
-from .initialization import attach_lora_ga, initialize_lora_ga
+from .delta import delta_halves, delta_layers
+from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
+from .launches import check_checkpointing, check_restart, launch_of
 from .probe import preserved_rng
 from .report import InitReport
+from .restarts import restart_is_due, rewarm
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ SHUFFLE_BUFFER = 1000
 """Examples that a streaming dataset holds at once to draw the sample from."""
 
 
-class InitializeOnTrainBegin(TrainerCallback):
-    """Runs the initialization on the prepared model, before the first step and only then."""
+class LoRAGACallback(TrainerCallback):
+    """Runs the initialization on the prepared model, before the first step and only then, and the restarts when due."""
 
     def __init__(self, trainer: "LoRAGAMixin"):
         self.trainer = trainer
@@ -49,6 +49,11 @@ class InitializeOnTrainBegin(TrainerCallback):
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
             self.trainer.initialize_lora_ga()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
+        if restart_is_due(args, state.global_step, len(self.trainer.model.lora_ga.restarts)):
+            self.trainer.restart_lora_ga()
 
 
 class LoRAGAMixin:
@@ -63,9 +68,19 @@ class LoRAGAMixin:
         launch = launch_of(self.accelerator)
         how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
-        attach_lora_ga(self.model, self.args)
+        adapter_name = attach_lora_ga(self.model, self.args)
+        if self.args.ga_restart_steps is not None:
+            halves = delta_halves(delta_layers(self.model, adapter_name), adapter_name).values()
+            restarted = {id(half.trainable) for half in halves}
+            check_restart(
+                launch,
+                [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in restarted],
+            )
         self.model.lora_ga.launch = launch
-        self.add_callback(InitializeOnTrainBegin(self))
+        self.current_gradient_accumulation_steps = (
+            self.args.gradient_accumulation_steps
+        )  # Trainer sets it with each step
+        self.add_callback(LoRAGACallback(self))
 
     @property
     def lora_ga_report(self) -> InitReport | None:
@@ -74,32 +89,45 @@ class LoRAGAMixin:
 
     def initialize_lora_ga(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
-        with preserved_rng(), self.unchanged_metrics(), self.plain_token_mean():
-            batches = self.sample_batches()
-            # TRL divides the per-batch auxiliary loss of a Mixture-of-Experts model by this; Trainer sets it at each step
-            self.current_gradient_accumulation_steps = sum(gather_objects(len(batches)))
-            report = initialize_lora_ga(
-                self.model,
-                batches,
-                self.args,
-                self.estimation_loss,
-                disable_tqdm=self.args.disable_tqdm or not self.is_world_process_zero(),
+        with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
+            report = initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
+        self.log(report.metrics())
+
+    def restart_lora_ga(self) -> None:
+        """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
+        seed = self.args.ga_seed + 1 + len(self.model.lora_ga.restarts)
+        with self.estimating(seed) as (batches, disable_tqdm):
+            report = restart_lora_ga(
+                self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
             )
         self.log(report.metrics())
 
-    def sample_batches(self) -> list[dict[str, Tensor]]:
+    @contextmanager
+    def estimating(self, seed: int) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
+        """Yields the batches to estimate on and whether to hide the progress bar; nothing that training reads is changed."""
+        accumulation_steps = self.current_gradient_accumulation_steps
+        with preserved_rng(), self.unchanged_metrics(), self.plain_token_mean():
+            batches = self.sample_batches(seed)
+            try:
+                # TRL divides the per-batch auxiliary loss of a Mixture-of-Experts model by this
+                self.current_gradient_accumulation_steps = sum(gather_objects(len(batches)))
+                yield batches, self.args.disable_tqdm or not self.is_world_process_zero()
+            finally:
+                self.current_gradient_accumulation_steps = accumulation_steps
+
+    def sample_batches(self, seed: int) -> list[dict[str, Tensor]]:
         """This process's share of `ga_num_samples` examples of the prepared training set, through the trainer's collator.
 
-        All processes draw the same examples with `ga_seed` and take every n-th of them, each from its own start.
+        All processes draw the same examples with `seed` and take every n-th of them, each from its own start.
         """
         wanted = self.args.ga_num_samples
         mine = slice(rank(), None, world_size())
         if isinstance(self.train_dataset, Dataset):
-            order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.ga_seed))
+            order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
             drawn = order[:wanted].tolist()
             examples = [self.train_dataset[index] for index in drawn[mine]]
         else:
-            shuffled = self.train_dataset.shuffle(seed=self.args.ga_seed, buffer_size=max(wanted, SHUFFLE_BUFFER))
+            shuffled = self.train_dataset.shuffle(seed=seed, buffer_size=max(wanted, SHUFFLE_BUFFER))
             drawn = list(shuffled.take(wanted))
             examples = drawn[mine]
         if len(drawn) < wanted and self.is_world_process_zero():
@@ -128,6 +156,13 @@ class LoRAGAMixin:
             yield
         finally:
             self.args.average_tokens_across_devices = value
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.ga_restart_steps is not None:
+            rewarm(scheduler, self.args)
+        return scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
@@ -181,72 +216,10 @@ class LoRAGAMixin:
         yield
 
 
-class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
-    """TRL's `SFTTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
-
-    `args` may be a `LoRAGASFTConfig`, or an `SFTConfig` or `TrainingArguments`, which get the default `ga_*` options.
-    `peft_config` must be a `LoraConfig`; without one the paper's is used (r 8, α 16, rsLoRA, all linear layers). The
-    model may also be a `PeftModel` with an untrained LoRA adapter.
-
-    The initialization runs when `train()` begins, on the model that trains, and is skipped when resuming. The base
-    weights are never written. `save_model` and every checkpoint hold an ordinary LoRA adapter of rank 2r that stock PEFT
-    loads on the untouched base model.
-
-    Raises:
-        ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, or the dataset is empty; from `train`, what
-            `initialize_lora_ga` raises.
+def check_not_empty(dataset: Any, problem: str) -> None:
     """
-
-    def __init__(self, *args, **kwargs):
-        call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs)
-        arguments = call.arguments
-        arguments["args"] = _with_ga_options(arguments.get("args"), arguments["model"])
-        if not isinstance(arguments["model"], PeftModel):
-            if arguments.get("peft_config") is None:
-                arguments["peft_config"] = paper_lora_config()
-            check_lora_config(arguments["peft_config"])
-        _check_not_empty(arguments.get("train_dataset"), "has no example")
-        super().__init__(*call.args[1:], **call.kwargs)
-        _check_not_empty(
-            self.train_dataset,
-            "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)",
-        )
-        self.attach_lora_ga()
-
-    @contextmanager
-    def unchanged_metrics(self) -> Iterator[None]:
-        metrics = {
-            mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()
-        }
-        tokens = self._total_train_tokens
-        try:
-            yield
-        finally:
-            for mode, group in self._metrics.items():
-                group.clear()
-                group.update(metrics[mode])
-            self._total_train_tokens = tokens
-
-
-def _with_ga_options(args: TrainingArguments | None, model: Any) -> LoRAGASFTConfig:
-    """`args` as a `LoRAGASFTConfig`: itself, or its fields and the default `ga_*` options."""
-    if isinstance(args, LoRAGASFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return LoRAGASFTConfig(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
-    # `to_dict` would hide every field that ends in "token", `eos_token` too
-    values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
-    unknown = values.keys() - {option.name for option in fields(LoRAGASFTConfig)}
-    if unknown:
-        raise ValueError(
-            f"`args` is a {type(args).__name__} with the fields {sorted(unknown)}, which `LoRAGASFTConfig` does not have. "
-            "Derive your configuration from `LoRAGASFTConfig` instead of `SFTConfig`."
-        )
-    return LoRAGASFTConfig(**values)
-
-
-def _check_not_empty(dataset: Any, problem: str) -> None:
+    Raises:
+        ValueError: it is empty.
+    """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")

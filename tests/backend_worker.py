@@ -20,13 +20,27 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import peft_model as peft_model_module
-from tiny import lora_config, sft_arguments, tiny_batches, word_problems, word_tokenizer
+from tiny import lora_config, seq2seq_problems, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerState, training_args
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    TrainerCallback,
+    TrainerState,
+    training_args,
+)
 
-from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, backends, initialization
+from lora_ga_trainer import (
+    LoRAGASeq2SeqConfig,
+    LoRAGASeq2SeqTrainer,
+    LoRAGASFTConfig,
+    LoRAGASFTTrainer,
+    accumulator,
+    backends,
+    factorization,
+)
 from lora_ga_trainer import trainer as trainer_module
-from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
+from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict, histories
 from lora_ga_trainer.delta import delta_layers
 
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
@@ -44,6 +58,8 @@ class Run:
     resume: str | bool | None = None
     streaming: bool = False
     """Whether they come as an `IterableDataset`."""
+    seq2seq: bool = False
+    """Whether the model is a T5, trained by `LoRAGASeq2SeqTrainer`."""
     out_of_memory_in: str | None = None
     """`estimation` or `training`, where more than one example on a process fails as on a GPU."""
     dies: str | None = None
@@ -100,7 +116,7 @@ class Observer(TrainerCallback):
         for layer in delta_layers(trainer.model, "default").values():
             layer.register_forward_hook(lambda *_: self.look())
         before(trainer, "compute_loss", self.look)
-        self.undo = [before(initialization, "write_factors", self.digest_factors)]
+        self.undo = [before(factorization, "write_factors", self.digest_factors)]
         for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
             self.undo.append(before(kind, "add", self.look))  # called in the backward
             self.undo.append(before(kind, "triplets", self.count_factorization))
@@ -124,10 +140,10 @@ class Observer(TrainerCallback):
         model, was_training = self.trainer.model, self.trainer.model.training
         layers = delta_layers(model, "default").values()
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
-            logits = model.eval()(INPUTS.to(args.device)).logits.cpu()
+            logits = logits_of(model)
             for layer in layers:
                 layer._disable_adapters = True  # not `disable_adapter()`, which switches `requires_grad` too
-            base_logits = model(INPUTS.to(args.device)).logits.cpu()
+            base_logits = logits_of(model)
             for layer in layers:
                 layer._disable_adapters = False
         model.train(was_training)
@@ -150,6 +166,13 @@ class Observer(TrainerCallback):
     def run_out_of_memory(self, phase: str) -> None:
         if self.run.out_of_memory_in == phase and self.trainer._train_batch_size > 1:
             raise RuntimeError("CUDA out of memory. (simulated)")
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    inputs = {"input_ids": INPUTS.to(backends.compute_device(next(model.parameters())))}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return model.eval()(**inputs).logits.cpu()
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -241,23 +264,38 @@ DEATHS = {
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def execute(run: Run, output_dir: Path) -> dict:
-    """Train as `run` says; what came of it, whole tensors on the CPU."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    options = {"max_steps": STEPS, "per_device_train_batch_size": 4 // world, "ga_estimator": "exact", "seed": 3}
-    options |= {"model_init_kwargs": {"dtype": "float32"}}
-    # DeepSpeed takes the CPU because it finds no GPU; told to use it, accelerate would leave out DeepSpeed
-    options |= {"ddp_backend": "gloo", "use_cpu": not deepspeed} if world > 1 else {}
+def sft_trainer(run: Run, options: dict) -> LoRAGASFTTrainer:
     examples = word_problems()
-    trainer = LoRAGASFTTrainer(
+    return LoRAGASFTTrainer(
         model=run.model,
-        args=LoRAGASFTConfig(**sft_arguments(output_dir, **options | run.options)),
+        args=LoRAGASFTConfig(**{"model_init_kwargs": {"dtype": "float32"}} | options),
         train_dataset=examples.to_iterable_dataset() if run.streaming else examples,
         eval_dataset=word_problems().select(range(4)),
         processing_class=word_tokenizer(),
         peft_config=lora_config(**run.lora),
     )
+
+
+def seq2seq_trainer(run: Run, options: dict) -> LoRAGASeq2SeqTrainer:
+    args = LoRAGASeq2SeqConfig(**options)  # before the model: ZeRO-3 shards it as it is loaded
+    model = AutoModelForSeq2SeqLM.from_pretrained(run.model)
+    return LoRAGASeq2SeqTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
+        train_dataset=seq2seq_problems(),
+        peft_config=lora_config(task_type="SEQ_2_SEQ_LM", **run.lora),
+    )
+
+
+def execute(run: Run, output_dir: Path) -> dict:
+    """Train as `run` says; what came of it, whole tensors on the CPU."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    options = {"max_steps": STEPS, "per_device_train_batch_size": 4 // world, "ga_estimator": "exact", "seed": 3}
+    # DeepSpeed takes the CPU because it finds no GPU; told to use it, accelerate would leave out DeepSpeed
+    options |= {"ddp_backend": "gloo", "use_cpu": not deepspeed} if world > 1 else {}
+    trainer = (seq2seq_trainer if run.seq2seq else sft_trainer)(run, sft_arguments(output_dir, **options | run.options))
     if run.dies:
         DEATHS[run.dies]()
     observer = Observer(trainer, run)
@@ -268,10 +306,10 @@ def execute(run: Run, output_dir: Path) -> dict:
         for undo in observer.undo:
             undo()
 
-    adapter = adapter_state_dict(trainer.model)
+    adapter = adapter_state_dict(trainer.model) | histories(trainer.model)
     trainer.save_model(str(output_dir / "final"))
     with torch.no_grad():
-        final_logits = trainer.model.eval()(INPUTS.to(trainer.args.device)).logits.cpu()
+        final_logits = logits_of(trainer.model)
     return {
         "launch": trainer.model.lora_ga.launch,
         "communication": dist.get_backend() if dist.is_initialized() else None,

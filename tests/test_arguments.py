@@ -19,6 +19,8 @@ DEFAULTS = {
     "ga_direction": "ArB2r",
     "ga_scale": "stable",
     "ga_gamma": 16.0,
+    "ga_restart_steps": None,
+    "ga_restart_warmup_steps": 10,
     "ga_seed": 42,
 }
 

@@ -16,7 +16,7 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGASFTTrainer
-from lora_ga_trainer.backends import Launch, check_resumable_launch
+from lora_ga_trainer.launches import Launch, check_resumable_launch
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 # float32: the same examples in a step, summed in another order; see test_backends

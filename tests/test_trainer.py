@@ -127,26 +127,26 @@ def test_the_report_is_logged(make_trainer, caplog):
 
 def test_only_prompts_of_the_sample_are_masked_and_seeds_draw_it(make_trainer):
     trainer = make_trainer(ga_num_samples=8, ga_batch_size=3)
-    batches = trainer.sample_batches()
+    batches = trainer.sample_batches(trainer.args.ga_seed)
     assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 2]
     for batch in batches:
         assert (batch["labels"][:, 0] == -100).all() and batch["labels"].ne(-100).any(dim=1).all()
 
     def rows(trainer):
-        return [row for batch in trainer.sample_batches() for row in batch["input_ids"].tolist()]
+        return [row for batch in trainer.sample_batches(trainer.args.ga_seed) for row in batch["input_ids"].tolist()]
 
     assert rows(trainer) == rows(make_trainer(ga_num_samples=8, ga_batch_size=3))
     assert rows(trainer) != rows(make_trainer(ga_num_samples=8, ga_batch_size=3, ga_seed=7))
 
 
 def test_batch_size_defaults_to_the_training_batch(make_trainer):
-    assert [len(b["labels"]) for b in make_trainer(per_device_train_batch_size=2).sample_batches()] == [2, 2, 2, 2]
+    assert [len(b["labels"]) for b in make_trainer(per_device_train_batch_size=2).sample_batches(42)] == [2, 2, 2, 2]
 
 
 def test_estimation_loss_is_the_training_loss(make_trainer):
     """Over all sampled examples it adds up to the token-weighted mean that training minimizes."""
     trainer = make_trainer(ga_num_samples=24, ga_batch_size=5)
-    batches = trainer.sample_batches()
+    batches = trainer.sample_batches(trainer.args.ga_seed)
     num_items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
     with torch.no_grad():
         total = sum(trainer.estimation_loss(trainer.model, batch, num_items).item() for batch in batches)
@@ -162,13 +162,13 @@ def test_estimation_loss_is_the_training_loss(make_trainer):
 def test_more_samples_than_examples_warns_and_uses_all(make_trainer, caplog):
     trainer = make_trainer(ga_num_samples=1000)
     with caplog.at_level(logging.WARNING):
-        assert sum(len(batch["labels"]) for batch in trainer.sample_batches()) == 24
+        assert sum(len(batch["labels"]) for batch in trainer.sample_batches(trainer.args.ga_seed)) == 24
     assert "`ga_num_samples` is 1000, but the training set has only 24 examples" in caplog.text
 
 
 def test_streaming_datasets(make_trainer, prompt_completion):
     trainer = make_trainer(train_dataset=prompt_completion.to_iterable_dataset(), max_steps=2)
-    assert sum(len(batch["labels"]) for batch in trainer.sample_batches()) == 8
+    assert sum(len(batch["labels"]) for batch in trainer.sample_batches(trainer.args.ga_seed)) == 8
     trainer.train()
     assert trainer.lora_ga_report is not None and len(losses(trainer)) == 2
 

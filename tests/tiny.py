@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCABULARY = 64
@@ -47,6 +49,15 @@ MIXTURE = {
         router_aux_loss_coef=0.5, output_router_logits=True,
     ),
 }  # fmt: skip
+
+
+def tiny_t5(dropout_rate: float = 0.1) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(  # 10 = d_kv, so that no layer is square
+        d_model=48, d_kv=10, d_ff=80, num_layers=2, num_heads=4, vocab_size=VOCABULARY, dropout_rate=dropout_rate,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):
@@ -112,6 +123,20 @@ def word_problems() -> Dataset:
         return " ".join(f"w{i}" for i in torch.randint(0, VOCABULARY - 4, (count,), generator=generator).tolist())
 
     return Dataset.from_list([{"prompt": words(3 + i % 3) + " ", "completion": words(4 + i % 5)} for i in range(24)])
+
+
+def seq2seq_problems() -> Dataset:
+    """`word_problems`, tokenized for an encoder-decoder; all but the padding of `labels`, which the collator adds."""
+    tokenizer = word_tokenizer()
+
+    def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
+        return {
+            "input_ids": tokenizer(row["prompt"])["input_ids"],
+            "attention_mask": tokenizer(row["prompt"])["attention_mask"],
+            "labels": tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id],
+        }
+
+    return word_problems().map(tokenize, remove_columns=["prompt", "completion"])
 
 
 def sft_arguments(output_dir, **overrides) -> dict:

@@ -1,8 +1,9 @@
 """An adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be taken up again exactly.
 
-    adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base
+    adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base;
+                                after each restart 2R more rows and columns, the history
     adapter_config.json         r doubled, lora_alpha such that the scaling stays the same
-    lora_ga.safetensors         A0 (R×I) per layer: dA, dB and B0 are in the adapter file as they are, A0 is not
+    lora_ga.safetensors         A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file as they are, A0 is not
     lora_ga.json                the options, the adapter's own r and alpha, alignment per layer, versions; see `state`
 
 Shapes: O out features, I in features, R the rank that trains.
@@ -22,51 +23,58 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..backends import full_shape, full_tensor, gather_objects, write_parameter
-from ..delta import DeltaA, DeltaB
+from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
+from ..delta import DeltaA, DeltaB, delta_halves, delta_layers
 from .state import LoRAGAState, check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.safetensors"
 
 
-def portable_config(lora_config: LoraConfig) -> LoraConfig:
-    """The `LoraConfig` of the saved file: rank 2R, the same scaling s.
+def portable_config(lora_config: LoraConfig, restarts: int = 0) -> LoraConfig:
+    """The `LoraConfig` of the saved file: rank n·R with n = 2·(restarts + 1), the same scaling s.
 
-    s = α/√r with rsLoRA and α/r without, so doubling r takes α·√2 and α·2.
+    s = α/√r with rsLoRA and α/r without, so n times r takes α·√n and α·n.
     """
     portable = copy.deepcopy(lora_config)
-    factor = math.sqrt(2) if lora_config.use_rslora else 2
-    portable.r *= 2
+    times = 2 * (restarts + 1)
+    factor = math.sqrt(times) if lora_config.use_rslora else times
+    portable.r *= times
     portable.lora_alpha *= factor
-    portable.rank_pattern = {name: 2 * rank for name, rank in portable.rank_pattern.items()}
+    portable.rank_pattern = {name: times * rank for name, rank in portable.rank_pattern.items()}
     portable.alpha_pattern = {name: factor * alpha for name, alpha in portable.alpha_pattern.items()}
     return portable
 
 
 def portable_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the two halves of each delta-form matrix joined into the one rank-2R `weight` that PEFT reads."""
+    """`state_dict` with the parts of each delta-form matrix joined into the one `weight` that PEFT reads."""
     portable = {}
     for key, value in state_dict.items():
-        module, _, half = key.rpartition(".")
-        if ".lora_A." in key and half == "trainable":
-            portable[f"{module}.weight"] = DeltaA.join(value, state_dict[f"{module}.frozen"])
-        elif ".lora_B." in key and half == "trainable":
-            portable[f"{module}.weight"] = DeltaB.join(value, state_dict[f"{module}.frozen"])
-        elif not ((".lora_A." in key or ".lora_B." in key) and half == "frozen"):
+        module, _, part = key.rpartition(".")
+        if part == "trainable" and (".lora_A" in module or ".lora_B" in module):
+            join = DeltaA.join if ".lora_A" in module else DeltaB.join
+            portable[f"{module}.weight"] = join(
+                value, state_dict[f"{module}.frozen"], state_dict.get(f"{module}.history")
+            )
+        elif not (part in ("frozen", "history") and (".lora_A" in module or ".lora_B" in module)):
             portable[key] = value
     return portable
 
 
 def native_state_dict(portable: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `portable_state_dict`, given A0 per layer: every half comes out bit for bit."""
+    """The inverse of `portable_state_dict`, given A0 per layer: every part comes out bit for bit.
+
+    A `history` is None where there was no restart.
+    """
     native = {}
     for key, value in portable.items():
         module = key.removesuffix(".weight")
         if key.endswith(".lora_A.weight"):
-            native[f"{module}.trainable"] = DeltaA.split(value)
-            native[f"{module}.frozen"] = frozen[module.removesuffix(".lora_A")]
+            native[f"{module}.frozen"] = a0_RI = frozen[module.removesuffix(".lora_A")]
+            native[f"{module}.trainable"], native[f"{module}.history"] = DeltaA.split(value, len(a0_RI))
         elif key.endswith(".lora_B.weight"):
-            native[f"{module}.trainable"], native[f"{module}.frozen"] = DeltaB.split(value)
+            rank = len(frozen[module.removesuffix(".lora_B")])
+            parts = DeltaB.split(value, rank)
+            native |= zip((f"{module}.trainable", f"{module}.frozen", f"{module}.history"), parts, strict=True)
         else:
             native[key] = value
     return native
@@ -162,9 +170,10 @@ def save_pretrained(
             "Call `trainer.train()` or `initialize_lora_ga(...)` first."
         )
     native = adapter_state_dict(peft_model) if state_dict is None else state_dict
+    native = native | histories(peft_model)
     lora_config = peft_model.peft_config[state.adapter_name]
     try:
-        peft_model.peft_config[state.adapter_name] = portable_config(lora_config)
+        peft_model.peft_config[state.adapter_name] = portable_config(lora_config, len(state.restarts))
         stock_save(state_dict=portable_state_dict(native))
     finally:
         peft_model.peft_config[state.adapter_name] = lora_config
@@ -193,7 +202,10 @@ def load_adapter(
     values = native_state_dict(load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE))
     for name, parameter in adapter_parameters(peft_model, adapter_name).items():
         write_parameter(parameter, values[name])
-    peft_model.lora_ga.report = saved.report
+    for name, half in delta_halves(delta_layers(peft_model, adapter_name), adapter_name).items():
+        history = values[f"{name.removesuffix(f'.{adapter_name}')}.history"]
+        half.history = None if history is None else history.to(compute_device(half.trainable))
+    peft_model.lora_ga.report, peft_model.lora_ga.restarts = saved.report, saved.restarts
     if not is_trainable:  # as PEFT does
         peft_model.eval()
 
@@ -213,9 +225,20 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
     frozen = {
         name.removesuffix(".lora_A.frozen"): value for name, value in native.items() if name.endswith(".lora_A.frozen")
     }
-    for file, expected in {FROZEN_FILE: frozen, SAFETENSORS_WEIGHTS_NAME: portable_state_dict(native)}.items():
-        check_tensors(directory / file, {name: list(value.shape) for name, value in expected.items()})
+    portable = {name: list(value.shape) for name, value in portable_state_dict(native).items()}
+    for name, shape in portable.items():
+        if name.endswith((".lora_A.weight", ".lora_B.weight")):
+            shape[1 if ".lora_B." in name else 0] *= len(saved.restarts) + 1
+    check_tensors(directory / FROZEN_FILE, {name: list(value.shape) for name, value in frozen.items()})
+    check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, portable)
     return saved
+
+
+def histories(peft_model: PeftModel) -> dict[str, Tensor]:
+    """What restarts have frozen, on the CPU, under the names that `peft_model.state_dict()` would give it."""
+    adapter_name = peft_model.lora_ga.adapter_name
+    halves = delta_halves(delta_layers(peft_model, adapter_name), adapter_name)
+    return {f"{name}.history": half.history.cpu() for name, half in halves.items() if half.history is not None}
 
 
 def adapter_directory(save_directory: str, adapter_name: str) -> Path:

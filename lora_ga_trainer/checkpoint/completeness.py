@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backends import Launch, check_resumable_launch, rank
+from ..backends import rank
+from ..launches import Launch, check_resumable_launch
 from .adapter_files import adapter_directory, check_adapter
 
 logger = logging.getLogger(__name__)

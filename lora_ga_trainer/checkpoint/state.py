@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from .._version import __version__
 from ..arguments import LoRAGAArguments
-from ..backends import Launch
+from ..launches import Launch
 from ..report import InitReport
 
 STATE_FILE = "lora_ga.json"
@@ -43,6 +43,8 @@ class LoRAGAState:
     """None until the adapter has been initialized."""
     launch: Launch | None = None
     """How the trainer that saves was launched; None in a loop of one's own."""
+    restarts: list[InitReport] = field(default_factory=list)
+    """What each restart found. After k of them the saved rank is 2·r·(k + 1)."""
 
     @classmethod
     def before_init(
@@ -78,7 +80,11 @@ def read_state(directory: Path) -> LoRAGAState:
         document = json.loads(path.read_text(encoding="utf-8"))
         document.pop("versions")
         launch = document["launch"] and Launch(**document["launch"])
-        return LoRAGAState(**document | {"report": InitReport(**document["report"]), "launch": launch})
+        reports = {
+            "report": InitReport(**document["report"]),
+            "restarts": [InitReport(**report) for report in document["restarts"]],
+        }
+        return LoRAGAState(**document | reports | {"launch": launch})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from where it came."

@@ -1,0 +1,105 @@
+"""How a run is launched, what LoRA-GA cannot do under which launch, and who can resume whose checkpoints."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+WHOLE_PARAMETERS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_HPU,
+)
+"""Every process has all of the model: one process, or DDP."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is spread over processes; decides whether another run can read its optimizer state."""
+
+    backend: str
+    """`DDP` (one process is a DDP of one), `ZeRO-0` to `ZeRO-3`, or `FSDP2`."""
+    world_size: int
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        return processes if self == Launch("DDP", 1) else f"{self.backend} over {processes}"
+
+
+def launch_of(accelerator: Accelerator) -> Launch:
+    """How this run was launched.
+
+    Raises:
+        ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, where LoRA-GA's estimation
+            has not been worked out.
+    """
+    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError(
+            "This run splits its model or its sequences over processes (tensor, context or sequence parallelism), but LoRA-GA "
+            "takes every process for one with examples of its own. Launch it with data parallelism only: DDP, DeepSpeed ZeRO "
+            "or FSDP2."
+        )
+    if kind in WHOLE_PARAMETERS:
+        return Launch("DDP", accelerator.num_processes)
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return Launch(f"ZeRO-{stage}", accelerator.num_processes)
+    if accelerator.is_fsdp2:
+        return Launch("FSDP2", accelerator.num_processes)
+    raise ValueError(
+        f"This run was launched with {kind.value}{' 1' if kind == DistributedType.FSDP else ''}, which LoRA-GA does not "
+        "support. Use one process, DDP, DeepSpeed ZeRO-1/2/3 or FSDP2 (`fsdp_version: 2` in accelerate's configuration)."
+    )
+
+
+def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
+    """Refuse reentrant gradient checkpointing under FSDP2: it runs no backward that is limited to some inputs.
+
+    Raises:
+        ValueError: both are on.
+    """
+    if launch.backend == "FSDP2" and use_reentrant:
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. "
+            "Leave it out: without it checkpointing is not reentrant, which is what PyTorch recommends."
+        )
+
+
+def check_restart(launch: Launch, others: list[str]) -> None:
+    """Refuse restarts where the optimizer's state of dA, dB cannot be told from that of the `others` that train as well.
+
+    Raises:
+        ValueError: under ZeRO-1/2/3 something else trains, or ZeRO-0, whose optimizers keep their copies in other ways.
+    """
+    if launch.backend == "ZeRO-0":
+        raise ValueError(
+            "`ga_restart_steps` does not work with DeepSpeed's stage 0. Launch with stage 1, 2 or 3, or with DDP."
+        )
+    if launch.backend.startswith("ZeRO") and others:
+        raise ValueError(
+            f"`ga_restart_steps` resets the optimizer's state of the adapter's factors, but {launch.backend} keeps it in one "
+            f"piece with that of {others[0]}, which trains as well. Leave out `modules_to_save`, `bias` and `lora_bias`, or "
+            "launch with DDP or FSDP2."
+        )
+
+
+def check_resumable_launch(saved: Launch, present: Launch) -> None:
+    """Whether `present` can read the optimizer state that `saved` wrote.
+
+    Raises:
+        ValueError: another backend, or another number of ZeRO processes.
+    """
+    same_files = saved.backend == present.backend
+    if same_files and (saved.backend in ("DDP", "FSDP2") or saved.world_size == present.world_size):
+        return
+    raise ValueError(
+        f"The checkpoint was saved by {saved}, and {present} cannot read its optimizer state. Resume with {saved}, or start "
+        "a new run from the exported weights (`python -m lora_ga_trainer.checkpoint --checkpoint_dir ... --out ... --merge`). "
+        "Only DDP, one process included, and FSDP2 can resume with another number of processes."
+    )

@@ -1,0 +1,39 @@
+"""When LoRA-GA starts again from a fresh gradient, and how the learning rate comes back: pure functions of the step.
+
+LoRA-GA inside ReLoRA (Lialin et al. 2023, arXiv 2307.05695): every `ga_restart_steps` steps what was trained so far is frozen
+into the adapter, and a new pair of factors starts from the gradient at the current function; see `initialization`.
+"""
+
+from functools import partial
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from .arguments import LoRAGAArguments
+
+
+def restart_is_due(config: LoRAGAArguments, steps_done: int, restarts_done: int) -> bool:
+    """Whether the step after `steps_done` optimizer steps begins with a restart that has not been made yet."""
+    every = config.ga_restart_steps
+    return every is not None and steps_done % every == 0 and steps_done // every > restarts_done
+
+
+def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
+    """The factor of the learning rate at `step`: that of `schedule`, climbing back to it linearly after each restart."""
+    since_restart = step % config.ga_restart_steps
+    if step < config.ga_restart_steps or since_restart >= config.ga_restart_warmup_steps:
+        return schedule(step)
+    return schedule(step) * (since_restart + 1) / (config.ga_restart_warmup_steps + 1)
+
+
+def rewarm(scheduler: LRScheduler, config: LoRAGAArguments) -> None:
+    """Put `rewarmed` around the schedule of `scheduler`, in place. It is a function of the step, so nothing more is saved.
+
+    Raises:
+        ValueError: the schedule is not given by factors of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"`ga_restart_steps` warms the learning rate up again after each restart, which {type(scheduler).__name__} does "
+            'not allow. Use a `lr_scheduler_type` that depends on the step only, such as "cosine" or "linear".'
+        )
+    scheduler.lr_lambdas = [partial(rewarmed, schedule=schedule, config=config) for schedule in scheduler.lr_lambdas]

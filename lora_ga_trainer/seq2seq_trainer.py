@@ -1,0 +1,76 @@
+"""`LoRAGASeq2SeqTrainer`: encoder-decoder models such as T5."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
+
+from .arguments import LoRAGASeq2SeqConfig, check_lora_config, paper_lora_config, with_ga_options
+from .trainer import LoRAGAMixin, check_not_empty
+
+
+class LoRAGASeq2SeqTrainer(LoRAGAMixin, Seq2SeqTrainer):
+    """transformers' `Seq2SeqTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
+
+    `args` may be a `LoRAGASeq2SeqConfig`, or a `Seq2SeqTrainingArguments` or `TrainingArguments`, which get the default
+    `ga_*` options. `model` is an encoder-decoder model, to which `peft_config` (default: the paper's) adds the adapter, or a
+    `PeftModel` with an untrained LoRA adapter. All else is as with `LoRAGASFTTrainer`.
+
+    Raises:
+        ValueError: the model is no encoder-decoder, or a `PeftModel` and `peft_config` come together; otherwise as
+            `LoRAGASFTTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, nn.Module) or not model.config.is_encoder_decoder:
+            raise ValueError(
+                f"`model` is {model if isinstance(model, str) else type(model).__name__}, but must be an encoder-decoder "
+                "model in memory, for example of `AutoModelForSeq2SeqLM.from_pretrained(...)`. Decoder-only models are for "
+                "`LoRAGASFTTrainer`."
+            )
+        args = with_ga_options(LoRAGASeq2SeqConfig, args, model)
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError(
+                    "`model` is a `PeftModel` already, so `peft_config` would be a second adapter. Leave one of them out."
+                )
+        else:
+            peft_config = peft_config or paper_lora_config(TaskType.SEQ_2_SEQ_LM)
+            check_lora_config(peft_config)
+            model = get_peft_model(model, peft_config)
+            if args.gradient_checkpointing:  # reentrant checkpointing passes a gradient on only if its input has one
+                model.enable_input_require_grads()
+        super().__init__(model, args, *positional, **kwargs)
+        check_not_empty(self.train_dataset, "has no example")
+        self.attach_lora_ga()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """`Seq2SeqTrainer`'s loss, but as this batch's share of the mean over all `num_items_in_batch` label tokens.
+
+        transformers leaves that to the model, and T5, BART and their kin ignore it: with gradient accumulation the losses
+        of the micro-batches would add up instead of being averaged, and with several processes each would be multiplied by
+        their number (transformers 5.23). With one process and no accumulation it is the very same loss.
+        """
+        if num_items_in_batch is None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = inputs["labels"].ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=inputs["labels"].device)
+        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = mean * share
+        if self.args.average_tokens_across_devices:  # the backends average gradients over processes
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,265 @@
+"""`ga_restart_steps`: the function goes on, the base stays unwritten, the gradient is that of the moment, resuming is exact."""
+
+import copy
+import json
+from pathlib import Path
+
+import dense_reference
+import pytest
+import torch
+from peft import PeftModel
+from tiny import lora_config, peft_pair, tiny_batches, tiny_model
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.estimation import language_model_loss
+from lora_ga_trainer.launches import Launch, check_restart
+from lora_ga_trainer.restarts import restart_is_due, rewarm
+
+EXACT = LoRAGAArguments(ga_estimator="exact")
+INPUTS = tiny_batches(seed=9)[0]["input_ids"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(INPUTS).logits
+
+
+def trained(family="llama", **lora):
+    """(model, its base, batches, optimizer) after a LoRA-GA start and three steps."""
+    model, base = peft_pair(family, **lora)
+    batches = tiny_batches()
+    initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    train(model, batches, optimizer)
+    return model, base, batches, optimizer
+
+
+def train(model, batches, optimizer, steps=3):
+    for step in range(steps):
+        language_model_loss(model, batches[step % len(batches)], 20).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_restart_changes_no_function_and_writes_no_base(family):
+    model, base, batches, optimizer = trained(family)
+    before, weights = logits(model), copy.deepcopy(model.get_base_model().state_dict())
+    for _ in range(2):
+        restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+        # the same products, summed with zeros between them: float32 rounding of logits of order 1
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-6)
+    for name, value in model.get_base_model().state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, weights[name])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    # what `attach_delta_form` does not train is not trained after it either
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"trainable"}
+    train(model, batches, optimizer)
+    assert not torch.equal(logits(model), before)
+
+
+def test_the_factors_come_from_the_gradient_at_the_current_function():
+    model, _, batches, optimizer = trained()
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    names = {name: name.removeprefix("base_model.model.") for name in delta_layers(model, "default")}
+    weights = {name: (merged.get_submodule(inner).weight, False) for name, inner in names.items()}
+    for weight, _ in weights.values():
+        weight.requires_grad_(True)
+    num_items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+    losses = [
+        dense_reference.token_mean_loss(
+            merged(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+            batch["labels"],
+            num_items,
+        )
+        for batch in batches
+    ]
+    gradients = dense_reference.weight_gradient(weights, losses)
+
+    base_factors = {
+        name: layer.lora_A["default"].frozen.clone() for name, layer in delta_layers(model, "default").items()
+    }
+    report = restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+    assert model.lora_ga.restarts == [report] and model.lora_ga.report != report
+    for name, layer in delta_layers(model, "default").items():
+        c = dense_reference.scale(
+            "stable", out_features=layer.out_features, rank=4, scaling=8, gamma=16, weight_OI=None
+        )
+        a_RI, b_OR = dense_reference.factors(gradients[name], 4, "ArB2r", c)
+        for found, expected in ((layer.lora_A["default"].frozen, a_RI), (layer.lora_B["default"].frozen.T, b_OR.T)):
+            signs = torch.sign((found.double() * expected).sum(dim=1, keepdim=True))
+            # float32 gradients of merged weights: the tolerance of test_initialization for singular vectors, whose gaps
+            # amplify rounding; a wrong gradient gives errors of order 1
+            torch.testing.assert_close(
+                found.double() * signs, expected, rtol=0, atol=2e-3 * expected.abs().max().item()
+            )
+        assert not torch.allclose(layer.lora_A["default"].frozen, base_factors[name], atol=1e-3)
+
+
+def test_the_optimizer_forgets_the_adapter_and_nothing_else():
+    model, _, batches, optimizer = trained(modules_to_save=["lm_head"])
+    head = next(p for name, p in model.named_parameters() if "modules_to_save" in name)
+    momentum = optimizer.state[head]["exp_avg"].clone()
+    restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+    assert list(optimizer.state) == [head] and torch.equal(optimizer.state[head]["exp_avg"], momentum)
+    train(model, batches, optimizer, steps=1)
+    assert {int(state["step"]) for parameter, state in optimizer.state.items() if parameter is not head} == {1}
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_rslora": False, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}]
+)
+def test_files_are_ordinary_adapters_of_the_grown_rank(lora, tmp_path):
+    model, base, batches, optimizer = trained(**lora)
+    restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+    train(model, batches, optimizer)
+    restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+    train(model, batches, optimizer)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4 * 2 * 3
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    # s is α·√6/√(6r) instead of α/√r (or without roots): one rounding of the scaling, logits of order 1
+    torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits(stock.merge_and_unload()), logits(model), rtol=0, atol=2e-5)
+
+    again, _ = peft_pair(**lora)
+    initialize_lora_ga(again, batches, EXACT, disable_tqdm=True)
+    again.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(again), logits(model))
+    assert again.lora_ga.restarts == model.lora_ga.restarts
+
+
+def test_a_restart_that_fails_changes_nothing():
+    model, _, batches, optimizer = trained()
+    before, state = logits(model), copy.deepcopy(model.state_dict())
+    steps = {id(p): int(s["step"]) for p, s in optimizer.state.items()}
+    broken = [{**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}]
+    with pytest.raises(ValueError, match="All labels of the 1 batches"):
+        restart_lora_ga(model, broken, EXACT, optimizer, disable_tqdm=True)
+    with pytest.raises(ValueError, match="loss.*nan"):
+        restart_lora_ga(
+            model, batches, EXACT, optimizer, lambda *args: language_model_loss(*args) * float("nan"), disable_tqdm=True
+        )
+    assert torch.equal(logits(model), before) and model.lora_ga.restarts == []
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert steps == {id(p): int(s["step"]) for p, s in optimizer.state.items()}
+
+
+def test_nothing_to_restart():
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    model.lora_ga.report = None
+    with pytest.raises(ValueError, match="not been initialized by LoRA-GA yet, so there is nothing to restart"):
+        restart_lora_ga(model, tiny_batches(), EXACT, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+# --- in the trainer -------------------------------------------------------------------------------------------------
+
+RESTARTS = {"ga_restart_steps": 3, "ga_restart_warmup_steps": 2, "max_steps": 8, "ga_estimator": "exact"}
+
+
+@pytest.fixture
+def run(sft_config, tokenizer, prompt_completion, one_thread):
+    def run(resume=None, **overrides):
+        trainer = LoRAGASFTTrainer(
+            model=tiny_model(),
+            args=sft_config(**RESTARTS | overrides),
+            train_dataset=prompt_completion,
+            processing_class=tokenizer,
+            peft_config=lora_config(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def history(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_training_with_restarts_resumes_exactly(run, tmp_path, base_model):
+    whole = run(save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    assert len(whole.model.lora_ga.restarts) == 2 and len(history(whole, "ga/alignment_mean")) == 3
+    state = whole.model.state_dict()
+    # before the first restart, at the checkpoint from which it starts, after it, and at the second
+    for step in (2, 3, 4, 6):
+        resumed = run(str(tmp_path / f"run/checkpoint-{step}"), gradient_accumulation_steps=2)
+        assert history(resumed, "loss") == history(whole, "loss")
+        assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+        assert torch.equal(logits(resumed.model), logits(whole.model))
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), tmp_path / "run/checkpoint-8")
+    torch.testing.assert_close(logits(stock), logits(whole.model), rtol=0, atol=2e-6)  # as above
+    assert stock.peft_config["default"].r == 4 * 2 * 3
+
+
+def test_the_learning_rate_climbs_again_to_its_schedule(run):
+    plain = history(run(ga_restart_steps=None), "learning_rate")
+    rates = history(run(), "learning_rate")
+    ratios = [rate / reference for rate, reference in zip(rates, plain, strict=True)]
+    assert ratios == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3])
+
+
+def test_restarts_draw_other_examples_and_keep_the_order_of_the_data(run):
+    seen, losses = [], {}
+    for steps in (None, 4):
+        trainer = run(ga_restart_steps=steps, max_steps=5, ga_num_samples=4)
+        losses[steps] = history(trainer, "loss")
+    assert losses[None][:4] == losses[4][:4]
+    # the fifth step sees the same examples from the same function, through a history that is summed apart
+    assert losses[4][4] == pytest.approx(losses[None][4], rel=1e-5)
+    for seed in (42, 43):
+        seen.append([batch["input_ids"].tolist() for batch in trainer.sample_batches(seed)])
+    assert seen[0] != seen[1]
+
+
+def test_the_best_checkpoint_may_have_fewer_restarts(run, prompt_completion, sft_config, tokenizer, tmp_path):
+    trainer = run(save_strategy="steps", save_steps=2)
+    few, many = (str(tmp_path / f"run/checkpoint-{step}") for step in (2, 8))
+    after = logits(trainer.model)
+    trainer.model.load_adapter(few, "default", is_trainable=True)
+    assert trainer.model.lora_ga.restarts == []
+    assert all(
+        half.history is None
+        for layer in delta_layers(trainer.model, "default").values()
+        for half in layer.lora_A.values()
+    )
+    trainer.model.load_adapter(many, "default", is_trainable=True)
+    assert torch.equal(logits(trainer.model), after)
+
+
+def test_when_a_restart_is_due():
+    config = LoRAGAArguments(ga_restart_steps=3)
+    made, at = 0, []
+    for step in range(10):
+        if restart_is_due(config, step, made):
+            made += 1
+            at.append(step)
+    assert at == [3, 6, 9]
+    assert not restart_is_due(config, 3, 1), "made before the checkpoint"
+    assert not any(restart_is_due(LoRAGAArguments(), step, 0) for step in range(10))
+
+
+def test_a_schedule_that_looks_at_the_loss_is_refused():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau does not allow. Use a `lr_scheduler_type` that depends"):
+        rewarm(get_scheduler("reduce_lr_on_plateau", optimizer), LoRAGAArguments(ga_restart_steps=3))
+
+
+def test_what_zero_cannot_reset_is_refused():
+    check_restart(Launch("ZeRO-3", 2), [])
+    check_restart(Launch("FSDP2", 2), ["lm_head.weight"])
+    with pytest.raises(ValueError, match="ZeRO-2 keeps it in one piece with that of lm_head.weight"):
+        check_restart(Launch("ZeRO-2", 2), ["lm_head.weight"])
+    with pytest.raises(ValueError, match="stage 0"):
+        check_restart(Launch("ZeRO-0", 2), [])
+
+
+def test_another_number_of_steps_between_restarts_is_another_run(run, tmp_path):
+    run(save_strategy="steps", save_steps=2, max_steps=4)
+    with pytest.raises(ValueError, match="`ga_restart_steps` is 4, but the checkpoint .* was made with 3"):
+        run(str(Path(tmp_path, "run/checkpoint-2")), ga_restart_steps=4)
