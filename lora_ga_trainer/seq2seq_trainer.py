@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 from .arguments import LoRAGASeq2SeqConfig, check_lora_config, paper_lora_config, with_ga_options
+from .launches import check_shared_embeddings, launch_of
 from .trainer import LoRAGAMixin, check_not_empty
 
 
@@ -19,8 +20,8 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, Seq2SeqTrainer):
     `PeftModel` with an untrained LoRA adapter. All else is as with `LoRAGASFTTrainer`.
 
     Raises:
-        ValueError: the model is no encoder-decoder, or a `PeftModel` and `peft_config` come together; otherwise as
-            `LoRAGASFTTrainer`.
+        ValueError: the model is no encoder-decoder, or a `PeftModel` and `peft_config` come together, or its embeddings are
+            shared under FSDP2; otherwise as `LoRAGASFTTrainer`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, Seq2SeqTrainer):
                 model.enable_input_require_grads()
         super().__init__(model, args, *positional, **kwargs)
         check_not_empty(self.train_dataset, "has no example")
+        check_shared_embeddings(launch_of(self.accelerator), model)
         self.attach_lora_ga()
 
     def compute_loss(

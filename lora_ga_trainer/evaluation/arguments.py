@@ -1,6 +1,7 @@
 """The options that every benchmark has."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass
@@ -10,6 +11,9 @@ class EvaluationArguments:
     Raises:
         ValueError: a number is out of its range.
     """
+
+    NO_ANSWER_DEPENDS_ON: ClassVar[tuple[str, ...]] = ("evaluation_batch_size",)
+    """Options (rounding aside) with another value of which an evaluation goes on, instead of beginning anew."""
 
     evaluation_file: str | None = field(
         default=None, metadata={"help": "Local file with the benchmark's items, instead of its own source."}

@@ -1,4 +1,4 @@
-"""Greedy completions of many prompts: in batches, on all processes, written down as they come.
+"""Greedy completions of many prompts.
 
 lm-eval-harness is not used: a model in memory it evaluates in one process only (lm_eval 0.4.13, `HFLM.__init__`).
 """
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..backends import compute_device, gather_objects, rank, world_size
-from .results import append_lines, finished_lines
+from ..backends import compute_device
+from .answers import answer_all
 
 
 def complete(
@@ -24,45 +23,16 @@ def complete(
     batch_size: int,
     stop_strings: tuple[str, ...] = (),
 ) -> dict[str, str]:
-    """The greedy completion of each prompt, by id, without special tokens. Every process calls it and gets all of them.
-
-    Finished completions are appended to `file` on the main process. Called again, it takes from there what has the same
-    prompt, so that an interrupted evaluation goes on.
+    """The greedy completion of each prompt, by id, without special tokens; see `answer_all`.
 
     Args:
-        file: JSONL of `id`, `prompt`, `completion`.
-        batch_size: prompts at a time on each process; padded on the left.
         stop_strings: a completion ends before the first of these that it contains.
     """
-    known = finished_lines(file) if rank() == 0 else None
-    found = {
-        record["id"]: record["completion"]
-        for record in gather_objects(known)[0]
-        if prompts.get(record["id"]) == record["prompt"]
-    }
-    # The longest first: neighbours need little padding, and what is too large for the memory fails at once.
-    waiting = sorted(prompts.keys() - found.keys(), key=lambda name: (-len(prompts[name]), name))
-    of_all = batch_size * world_size()
-    progress = tqdm(
-        total=len(prompts), initial=len(found), desc=f"Generating {file.stem}", unit="answer", disable=rank() != 0
-    )
-    with progress:
-        for start in range(0, len(waiting), of_all):
-            # Sharded weights are gathered by all processes together, so one without a prompt left answers an old one again.
-            mine = waiting[start + rank() : start + of_all : world_size()]
-            texts = generate(
-                model, tokenizer, [prompts[name] for name in mine or waiting[:1]], max_new_tokens, stop_strings
-            )
-            records = [
-                {"id": name, "prompt": prompts[name], "completion": text}
-                for name, text in zip(mine, texts[: len(mine)], strict=True)
-            ]
-            new = [record for of_process in gather_objects(records) for record in of_process]
-            if rank() == 0:
-                append_lines(file, new)
-            found |= {record["id"]: record["completion"] for record in new}
-            progress.update(len(new))
-    return {name: found[name] for name in prompts}
+
+    def answer(batch: list[str]) -> list[str]:
+        return generate(model, tokenizer, batch, max_new_tokens, stop_strings)
+
+    return answer_all(prompts, answer, file, batch_size)
 
 
 def generate(
@@ -72,7 +42,7 @@ def generate(
     max_new_tokens: int,
     stop_strings: tuple[str, ...] = (),
 ) -> list[str]:
-    """The greedy completion of each prompt, in one batch. The model's modes and the tokenizer come out as they were."""
+    """The greedy completion of each prompt, in one batch padded on the left. The model's mode comes out as it was."""
     was_training = model.training
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(compute_device(next(model.parameters())))

@@ -17,9 +17,6 @@ from typing import Any
 from ..backends import gather_objects, rank
 from .arguments import EvaluationArguments
 
-WITHOUT_EFFECT = ("evaluation_batch_size",)
-"""Options that change no result (but for rounding), so that an evaluation may go on with another value."""
-
 
 def weights_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of the `.safetensors` files in `directory`.
@@ -44,7 +41,7 @@ def evaluation_settings(model: dict[str, Any], args: EvaluationArguments) -> dic
     The content of `evaluation_file` counts, not its name.
     """
     options = {option.name: getattr(args, option.name) for option in fields(args)}
-    settings = model | {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
+    settings = model | {name: value for name, value in options.items() if name not in args.NO_ANSWER_DEPENDS_ON}
     if args.evaluation_file is not None:
         path = Path(args.evaluation_file)
         if not path.is_file():

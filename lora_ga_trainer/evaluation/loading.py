@@ -1,0 +1,53 @@
+"""The model that an evaluation asks: an untouched base, and an ordinary adapter on it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from .results import weights_digest
+
+
+def load(base: str, adapter: str | None, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """(model in eval mode on this process's device, tokenizer), through stock transformers and PEFT.
+
+    Raises:
+        ValueError: the base or the adapter cannot be found.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+    try:
+        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(base).is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except OSError as error:
+        raise ValueError(f"`base` is {base}, but no model can be loaded from there ({error}).") from error
+    if adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`adapter` is {adapter}, but no adapter can be loaded from there ({error}).") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(PartialState().device).eval(), tokenizer
+
+
+def model_settings(base: str, adapter: str | None, dtype: str) -> dict[str, Any]:
+    """What tells one model from another: names, and for local folders what is in their weights."""
+    folders = {"base": base, "adapter": adapter}
+    digests = {
+        f"{role}_weights": weights_digest(Path(folder))
+        for role, folder in folders.items()
+        if folder and Path(folder).is_dir()
+    }
+    return folders | digests | {"dtype": dtype}

@@ -1,0 +1,272 @@
+"""Run a program that nobody has read, such as one that a model wrote, where it can harm nothing.
+
+Each program gets a Python process of its own, this file run as a script, which gives up all that it does not need before it
+runs the first line of the program. Giving up means a seccomp filter, which also holds for root: the system calls in `ALLOWED`
+pass, opening files passes for reading, and all else fails with `PermissionError`. So there are no other processes or
+threads, no network, no signals to others, and nothing on disk is made, changed or removed. It may read any file that the user
+may (as root also devices, a few of which mind being read), but has nowhere to send it to. Time, memory and output have limits.
+
+What it cannot stop: the tests run in the interpreter of the program, as in HumanEval's own harness, so a program may lie
+about its own result: return an object that is equal to everything, replace a builtin that the tests use, or search frames and
+memory for the nonce that proves success. So the score of a model that was trained to cheat says nothing before somebody has
+read its programs. They harm nothing all the same.
+"""
+
+import json
+import os
+import platform
+import secrets
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""By `uname`: the column in the tables below, and the machine's AUDIT_ARCH, which every system call comes with."""
+
+# A list of what is allowed, since nobody knows what a later kernel adds: io_uring, say, opens files past a list of what is not.
+# Numbers: (x86_64, aarch64); aarch64 never had the calls that are None there.
+ALLOWED = {
+    # read files, look at them, list folders; writing needs a file that is open for it, and only the verdict's is
+    "read": (0, 63), "readv": (19, 65), "pread64": (17, 67), "lseek": (8, 62), "close": (3, 57), "write": (1, 64),
+    "stat": (4, None), "lstat": (6, None), "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291),
+    "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78),
+    "getdents64": (217, 61), "getcwd": (79, 17),
+    # its own memory, up to RLIMIT_AS
+    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "brk": (12, 214),
+    # ask for the time, wait, random bytes, who and where it is
+    "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None),
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "getrandom": (318, 278), "getpid": (39, 172), "gettid": (186, 178),
+    "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "uname": (63, 160), "sysinfo": (99, 179), "getrusage": (98, 165), "times": (100, 153), "sched_getaffinity": (204, 123),
+    # locks, its own signal handlers, the end
+    "futex": (202, 98), "sched_yield": (24, 124), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "restart_syscall": (219, 128), "exit": (60, 93),
+    "exit_group": (231, 94),
+}  # fmt: skip
+OPENING = {"open": (2, None), "openat": (257, 56)}
+OPEN_FLAGS = {"open": 1, "openat": 2}
+"""Which argument holds the flags. (`openat2` keeps them in memory, where a filter cannot look.)"""
+
+VERDICT_BYTES = 4096
+READY = b"ready\n"
+FAILED = b"failed: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program: `reason` is "passed", or why not."""
+
+    passed: bool
+    reason: str
+
+
+def run_program(program: str, tests: str, timeout: float = 10.0, memory_bytes: int = 512 * 2**20) -> Outcome:
+    """Run `program`, and then `tests` in its namespace; it passes if both come to their end without an exception.
+
+    Only the standard library can be imported. Safe to call from several threads.
+
+    Args:
+        timeout: seconds, the start of the interpreter (a few hundredths) included.
+
+    Raises:
+        ValueError: the machine offers no protection; nothing was run.
+    """
+    machine = _machine()
+    nonce = secrets.token_hex(16)
+    job = {
+        "program": program,
+        "tests": tests,
+        "nonce": nonce,
+        "parent": os.getpid(),
+        "machine": machine,
+        "memory_bytes": memory_bytes,
+        "cpu_seconds": int(timeout) + 2,  # the wall clock strikes first, unless this process is killed
+    }
+    # -s -S: no site-packages, so that a score does not depend on what else is installed, and a quick start.
+    # -P: nothing from the folder of this file. PYTHONHASHSEED: sets have the same order every time.
+    interpreter = [sys.executable, "-s", "-S", "-P", "-B", str(Path(__file__).resolve())]
+    timed_out, ending = False, "exit code 0"
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        verdict_file = Path(folder, "verdict")
+        # A file and not a pipe, since the kernel limits its size; opened for appending, so that what stands in it stays.
+        with verdict_file.open("ab") as verdict:
+            try:
+                subprocess.run(
+                    interpreter,
+                    input=json.dumps(job).encode(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=verdict,
+                    cwd=folder,
+                    env={"PYTHONHASHSEED": "0"},
+                    start_new_session=True,
+                    timeout=timeout,
+                    check=True,
+                )
+            except subprocess.TimeoutExpired:  # killed and waited for; it could not have children
+                timed_out = True
+            except subprocess.CalledProcessError as error:
+                code = error.returncode
+                ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        written = verdict_file.read_bytes()
+    if timed_out:
+        return Outcome(False, f"timed out after {timeout:g} s")
+    if not written.startswith(READY):
+        raise ValueError(
+            f"The sandbox for generated programs could not be set up ({ending}): {written.decode(errors='replace').strip()} "
+            "Without it no program is run. Use a Linux machine or container that allows seccomp filters."
+        )
+    message = written.removeprefix(READY)
+    if message == nonce.encode():
+        return Outcome(True, "passed")
+    if message.startswith(FAILED):
+        return Outcome(False, message.decode(errors="replace"))
+    return Outcome(False, f"ended before its tests did ({ending})")
+
+
+def check_sandbox() -> None:
+    """Check that programs can be run here, and that what they must not do fails.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    outcome = run_program(PROBE, "", timeout=60)  # a busy machine is no reason to refuse
+    if not outcome.passed:
+        raise ValueError(
+            f"The sandbox for generated programs does not hold on this machine ({outcome.reason}), so none is run. Use "
+            "another Linux machine or container."
+        )
+
+
+PROBE = """
+import os, socket
+for attempt in (lambda: open("probe", "w"), lambda: os.unlink("verdict"), os.fork, socket.socket, lambda: os.kill(1, 0)):
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    raise RuntimeError("something that is forbidden went through")
+"""
+
+
+def _machine() -> str:
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in MACHINES:
+        raise ValueError(
+            f"Generated programs are run in a sandbox that needs Linux on {' or '.join(MACHINES)}, but this is "
+            f"{sys.platform} on {machine}. Use a Linux machine or container."
+        )
+    return machine
+
+
+# --- in the new process, where only the standard library is at hand ----------------------------------------------------
+
+
+def _launch() -> NoReturn:
+    job = json.load(sys.stdin)
+    verdict = os.dup(2)
+    os.dup2(1, 2)
+    try:
+        _give_up_rights(job.pop("parent"), job.pop("machine"), job.pop("memory_bytes"), job.pop("cpu_seconds"))
+    except Exception as error:
+        os.write(verdict, repr(error).encode())
+        os._exit(1)
+    os.write(verdict, READY)
+    _run(verdict, **job)
+
+
+def _run(verdict: int, program: str, tests: str, nonce: str) -> NoReturn:
+    # The program may replace everything that is looked up by name, so what comes after it is at hand before it.
+    execute, write, leave, describe = exec, os.write, os._exit, _describe
+    message = nonce.encode()
+    try:
+        compiled_tests = compile(tests, "tests", "exec")
+        solution = types.ModuleType("solution")
+        sys.modules["solution"] = solution  # dataclasses and others look up the module of a class
+        execute(compile(program, "solution", "exec"), solution.__dict__)
+        execute(compiled_tests, solution.__dict__)
+    except BaseException as error:  # SystemExit included
+        message = describe(error)
+    write(verdict, message)
+    leave(0)
+
+
+def _describe(error: BaseException) -> bytes:
+    try:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return FAILED + text[:500].encode(errors="replace")
+    except BaseException:  # the program's own `__str__`, or no memory left
+        return FAILED + b"an exception without a description"
+
+
+def _give_up_rights(parent: int, machine: str, memory_bytes: int, cpu_seconds: int) -> None:
+    # Imported here: Windows has no `resource`, and there the modules above should still be importable.
+    import ctypes
+    import resource
+
+    PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+    SECCOMP_MODE_FILTER = 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+    def prctl(option: int, first: int, second: int = 0) -> None:
+        if libc.prctl(option, first, second, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl {option} was refused: {os.strerror(ctypes.get_errno())}")
+
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives an evaluation that is killed
+    if os.getppid() != parent:  # killed already
+        os._exit(1)
+    prctl(PR_SET_DUMPABLE, 0)  # programs that run side by side do not read each other's memory
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_FSIZE, VERDICT_BYTES),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+    instructions = _filter(machine)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in instructions))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(instructions), ctypes.addressof(code)))
+    prctl(PR_SET_NO_NEW_PRIVS, 1)  # a filter is only taken from those who can gain no rights
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
+def _filter(machine: str) -> list[tuple[int, int, int, int]]:
+    """The filter as BPF instructions: (code, skip so many if true, skip so many if false, operand).
+
+    It is run for every system call, on `struct seccomp_data`: number at byte 0, AUDIT_ARCH at 4, 64-bit arguments from 16 on.
+    """
+    LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
+    ALLOW, KILL, DENY = 0x7FFF0000, 0x80000000, 0x00050000 | 1  # with EPERM, which Python raises as PermissionError
+    column, audit_arch = MACHINES[machine]
+    to_change = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    # The numbers mean something else to a process that switches to another architecture (32-bit calls on x86_64).
+    instructions = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit_arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for numbers in ALLOWED.values():
+        if numbers[column] is not None:
+            instructions += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
+    for name, numbers in OPENING.items():
+        if numbers[column] is not None:
+            instructions += [
+                (EQUAL, 0, 4, numbers[column]),
+                (LOAD, 0, 0, 16 + 8 * OPEN_FLAGS[name]),  # the lower half: both machines are little-endian
+                (ANY_BIT, 1, 0, to_change),
+                (RETURN, 0, 0, ALLOW),
+                (RETURN, 0, 0, DENY),
+            ]
+    return [*instructions, (RETURN, 0, 0, DENY)]
+
+
+if __name__ == "__main__":
+    _launch()
