@@ -89,8 +89,8 @@ def check_shared_embeddings(launch: Launch, model: nn.Module) -> None:
     ]
     if len(holders) > 1:
         raise ValueError(
-            f"{', '.join(holders)} share one weight, which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed ZeRO "
-            "(accelerate_configs/zero3.yaml)."
+            f"{', '.join(holders)} share one weight, which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed "
+            "ZeRO (accelerate_configs/zero3.yaml)."
         )
 
 
