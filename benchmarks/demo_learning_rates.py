@@ -17,14 +17,16 @@ import torch
 from hardware import hardware_line
 from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
-from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer
+from lora_ga_trainer import LoRAGASFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+from data import load_rows, prepare
 from demo_model import demo_model_path
-from metamath import DEMO_CONFIG, MathArguments, MathModelConfig, load_rows, prepare
+from finetune import parse
+from metamath import RECIPE
 
 RESULTS = Path(__file__).parent / "results/demo_learning_rates.jsonl"
 DEMO_RATE = 2e-4
@@ -33,17 +35,14 @@ RUNS = [("LoRA-GA", DEMO_RATE), ("LoRA", DEMO_RATE), ("LoRA", 1e-3), ("LoRA", 3e
 
 def held_out_losses(method: str, learning_rate: float) -> dict[str, float]:
     """One run of the demo; the held-out loss before and after."""
-    parser = TrlParser((MathArguments, LoRAGASFTConfig, MathModelConfig))
-    args, training_args, _ = parser.parse_args_and_config(
-        ["--config", str(DEMO_CONFIG), "--learning_rate", str(learning_rate)]
-    )
+    args, training_args, *_ = parse(RECIPE, ["--learning_rate", str(learning_rate)])
     if training_args.device.type == "cpu":
         torch.set_num_threads(os.cpu_count())
     path = demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train, held_out = prepare(
-        load_rows(args, training_args.seed), tokenizer, args, training_args.max_length, training_args.seed
-    )
+    definition = RECIPE.definition(args)
+    rows = load_rows(definition, args, training_args.seed)
+    train, held_out = prepare(rows, definition, tokenizer, args, training_args.max_length, training_args.seed)
     trainer_class = LoRAGASFTTrainer if method == "LoRA-GA" else SFTTrainer
     trainer = trainer_class(
         path,

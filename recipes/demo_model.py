@@ -11,6 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def cache_folder() -> Path:
+    """Where the demos keep what they made or fetched: `$XDG_CACHE_HOME/lora_ga_trainer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora_ga_trainer"
+
+
 def demo_model_path() -> str:
     """A folder with SmolLM2-135M-Instruct in float32, for `from_pretrained`.
 
@@ -20,7 +25,7 @@ def demo_model_path() -> str:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora_ga_trainer/SmolLM2-135M-Instruct"
+    cached = cache_folder() / "SmolLM2-135M-Instruct"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed, so that a killed run leaves no half model behind.

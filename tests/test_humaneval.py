@@ -20,6 +20,7 @@ from trl import TrlParser
 from lora_ga_trainer.evaluation import humaneval
 from lora_ga_trainer.evaluation.humaneval import (
     HumanEvalArguments,
+    check,
     evaluate,
     load_problems,
     program_of,
@@ -181,11 +182,12 @@ def test_the_prompt():
     assert prompt_of(PROBLEM | {"prompt": "def f(x={}):\n"}).count("def f(x={}):\n") == 1, "braces are no placeholders"
 
 
-def test_nothing_is_run_without_permission():
+def test_nothing_is_run_without_permission(two_problems, tmp_path):
     with pytest.raises(ValueError, match="runs programs that the model wrote .* `--allow_code_execution true`"):
-        HumanEvalArguments()
+        check(HumanEvalArguments())
     with pytest.raises(ValueError, match="allow_code_execution"):
-        TrlParser([HumanEvalArguments]).parse_args_and_config([])
+        evaluate(tiny_model(), None, tmp_path, HumanEvalArguments(evaluation_file=str(two_problems)))
+    assert list(tmp_path.glob("*completions*")) == [], "refused before anything was generated"
     (args,) = TrlParser([HumanEvalArguments]).parse_args_and_config(["--allow_code_execution", "true"])
     assert (args.execution_timeout, args.max_new_tokens) == (10.0, 512)
 

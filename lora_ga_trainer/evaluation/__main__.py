@@ -45,6 +45,7 @@ def main() -> None:
     try:
         model_args, args = parser.parse_args_and_config(options)  # an unknown option is a `ValueError` here
         state = PartialState()
+        benchmark.check(args)  # before the model, which may take minutes to load
         model, tokenizer = load(model_args.base, model_args.adapter, model_args.dtype)
         settings = evaluation_settings(model_settings(model_args.base, model_args.adapter, model_args.dtype), args)
         directory = open_evaluation(Path(model_args.output), name, settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from ..backends import compute_device
 from .answers import answer_all
 from .arguments import EvaluationArguments
 from .results import write_results
-from .sources import check_columns, local_items
+from .sources import hub_items, local_items
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,12 @@ def load_split(name: str, split: str, path: str | None) -> Dataset:
     """The rows of a local file, or of GLUE's `split` on the hub, with the task's columns and `label`.
 
     Raises:
-        ValueError: no such file, or it lacks a column.
+        ValueError: no such file, a hub that cannot be reached, or a column is missing.
     """
     columns = (*TASKS[name].columns, "label")
     if path:
         return local_items(path, columns)
-    rows = load_dataset("nyu-mll/glue", name, split=split)
-    check_columns(rows, columns, f"nyu-mll/glue {name}")
-    return rows
+    return hub_items("nyu-mll/glue", name, split, columns, "Pass a local file.")
 
 
 def log_probabilities(
@@ -156,21 +154,39 @@ def score(task: Task, items: list[dict[str, Any]], log_probs: list[list[float]])
     }
 
 
+def load_items(args: GLUEArguments) -> list[dict[str, Any]]:
+    """The dev set, or what is in `evaluation_file`.
+
+    Raises:
+        ValueError: a file that `load_split` refuses, or a label that the task does not have.
+    """
+    rows = load_split(args.task, TASKS[args.task].dev_split, args.evaluation_file)
+    items = rows.select(range(min(args.evaluation_limit or len(rows), len(rows)))).to_list()
+    for item in items:
+        label_word_of(TASKS[args.task], item["label"])
+    return items
+
+
+def check(args: GLUEArguments) -> None:
+    """All that can be wrong before the first answer.
+
+    Raises:
+        ValueError: see `load_items`.
+    """
+    load_items(args)
+
+
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, args: GLUEArguments
 ) -> dict[str, Any]:
     """Predict every item of the dev set by the probabilities of the label words. Every process calls it.
 
     Raises:
-        ValueError: a label that the task does not have, or a model that is no encoder-decoder.
+        ValueError: what `check` raises, or the model is no encoder-decoder.
     """
     if not model.config.is_encoder_decoder:
         raise ValueError(f"GLUE asks encoder-decoder models such as T5, but this is a {model.config.model_type}.")
-    task = TASKS[args.task]
-    rows = load_split(args.task, task.dev_split, args.evaluation_file)
-    items = rows.select(range(min(args.evaluation_limit or len(rows), len(rows)))).to_list()
-    for item in items:
-        label_word_of(task, item["label"])
+    task, items = TASKS[args.task], load_items(args)
 
     def answer(batch: list[str]) -> list[list[float]]:
         return log_probabilities(model, tokenizer, batch, task.label_words)

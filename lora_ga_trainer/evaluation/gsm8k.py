@@ -20,8 +20,9 @@ from .arguments import EvaluationArguments
 from .generation import complete
 from .prompts import math_prompt
 from .results import write_results
-from .sources import local_items
+from .sources import hub_items, local_items
 
+COLUMNS = ("question", "answer")
 FINAL_NUMBER = re.compile(r"####\s*(-?)\s*\$?\s*(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 
@@ -60,9 +61,11 @@ def load_items(args: GSM8KArguments) -> list[dict[str, str]]:
     if args.offline:
         items = offline_items()
     elif args.evaluation_file:
-        items = local_items(args.evaluation_file, ("question", "answer"))
+        items = local_items(args.evaluation_file, COLUMNS)
     else:
-        items = load_dataset("openai/gsm8k", "main", split="test")
+        items = hub_items(
+            "openai/gsm8k", "main", "test", COLUMNS, "Pass `--evaluation_file`, or `--offline` for 100 of its problems."
+        )
     items = items.select(range(min(args.evaluation_limit or len(items), len(items)))).to_list()
     for number, item in enumerate(items, start=1):
         if final_number(item["answer"]) is None:
@@ -83,9 +86,7 @@ def offline_items() -> Dataset:
         )
     path = Path(package.submodule_search_locations[0], "fixtures/gsm8k/cases.jsonl")
     items = load_dataset("json", data_files=str(path), split="train")
-    return items.rename_columns({"prompt": "question", "upstream_answer": "answer"}).select_columns(
-        ["question", "answer"]
-    )
+    return items.rename_columns({"prompt": "question", "upstream_answer": "answer"}).select_columns(list(COLUMNS))
 
 
 def score(items: list[dict[str, str]], completions: list[str]) -> dict[str, Any]:
@@ -112,6 +113,15 @@ def score(items: list[dict[str, str]], completions: list[str]) -> dict[str, Any]
 
 def _text(number: Decimal | None) -> str | None:
     return None if number is None else f"{number:f}"
+
+
+def check(args: GSM8KArguments) -> None:
+    """All that can be wrong before the first answer.
+
+    Raises:
+        ValueError, ModuleNotFoundError: see `load_items`.
+    """
+    load_items(args)
 
 
 def evaluate(

@@ -57,7 +57,7 @@ class HumanEvalArguments(EvaluationArguments):
     """Options of HumanEval. A file is JSONL, or JSONL in gzip, with `task_id`, `prompt`, `entry_point` and `test`.
 
     Raises:
-        ValueError: running the model's programs has not been allowed, or a number is out of its range.
+        ValueError: a number is out of its range.
     """
 
     NO_ANSWER_DEPENDS_ON: ClassVar = (
@@ -80,11 +80,6 @@ class HumanEvalArguments(EvaluationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.allow_code_execution:
-            raise ValueError(
-                "HumanEval runs programs that the model wrote and nobody has read, on this machine, each in a process that "
-                "may read files but not write, connect or start others. Allow it with `--allow_code_execution true`."
-            )
         if not self.execution_timeout > 0:
             raise ValueError(f"`execution_timeout` is {self.execution_timeout}, but must be more than 0 seconds.")
 
@@ -251,11 +246,32 @@ def score(completions: dict[str, str], problems: dict[str, dict[str, str]], time
     }
 
 
+def check(args: HumanEvalArguments) -> None:
+    """All that can be wrong before the first answer. Every process calls it.
+
+    Raises:
+        ValueError: running the model's programs has not been allowed, they cannot be run safely here, or there are none to be
+            written.
+        ModuleNotFoundError: see `load_problems`.
+    """
+    if not args.allow_code_execution:
+        raise ValueError(
+            "HumanEval runs programs that the model wrote and nobody has read, on this machine, each in a process that may "
+            "read files but not write, connect or start others. Allow it with `--allow_code_execution true`."
+        )
+    require_sandbox()
+    load_problems(args)
+
+
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, args: HumanEvalArguments
 ) -> dict[str, Any]:
-    """Have every function written, decoded greedily, and run its tests. Every process calls it."""
-    require_sandbox()
+    """Have every function written, decoded greedily, and run its tests. Every process calls it.
+
+    Raises:
+        ValueError, ModuleNotFoundError: what `check` raises.
+    """
+    check(args)
     problems = load_problems(args)
     completions = complete(
         model,

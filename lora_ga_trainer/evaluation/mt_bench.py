@@ -273,24 +273,33 @@ def on_main_process(work: Callable[[], Result]) -> Result:
     return result
 
 
+def check(args: MTBenchArguments) -> None:
+    """All that can be wrong before the first answer. Every process calls it.
+
+    Raises:
+        ValueError: a file is missing or unfit, or the judge cannot be asked.
+    """
+    questions = load_questions(args)
+    if args.judge_model:
+        load_references(args, questions)
+        on_main_process(lambda: check_judge(args))
+
+
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, args: MTBenchArguments
 ) -> dict[str, Any]:
     """Answer both turns of every question, and have them rated if there is a judge. Every process calls it.
 
     Raises:
-        ValueError: a file is missing or unfit, or the judge cannot be asked or fails, see `judge`.
+        ValueError: what `check` raises, or the judge fails, see `judge`.
     """
+    check(args)
     questions = load_questions(args)
-    references = {}
-    if args.judge_model:  # all that can fail is tried before the answers, which take long
-        references = load_references(args, questions)
-        on_main_process(lambda: check_judge(args))
     answers = answer(model, tokenizer, questions, directory, args)
     on_main_process(lambda: write_answers(directory / f"model_answer/{args.model_id}.jsonl", answers, args.model_id))
     judgments = []
     if args.judge_model:
-        requests = make_requests(questions, answers, references)
+        requests = make_requests(questions, answers, load_references(args, questions))
         name = args.judge_model.strip("/").replace("/", "--")  # meta-llama/Llama-3.3-70B-Instruct, or a path
         file = directory / f"model_judgment/{name}_single.jsonl"
         judgments = on_main_process(lambda: judge(requests, args.model_id, file, args))

@@ -1,8 +1,9 @@
-"""Local files of items: JSONL, JSON, Parquet or CSV with named columns."""
+"""Where items come from: local JSONL, JSON, Parquet or CSV, or the hub; with named columns."""
 
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -20,6 +21,20 @@ def local_items(path: str | Path, columns: tuple[str, ...]) -> Dataset:
         raise ValueError(f"There is no file {path}. Check the path.")
     items = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     check_columns(items, columns, str(path))
+    return items
+
+
+def hub_items(name: str, config: str, split: str, columns: tuple[str, ...], remedy: str) -> Dataset:
+    """The rows of a data set on the hub, if it can be reached and has all of `columns`.
+
+    Raises:
+        ValueError: it cannot, ending in `remedy`; or a column is missing.
+    """
+    try:
+        items = load_dataset(name, config, split=split)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise ValueError(f"The data set {name} cannot be loaded from the hub ({error}). {remedy}") from error
+    check_columns(items, columns, f"{name} {config}")
     return items
 
 

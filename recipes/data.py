@@ -1,0 +1,151 @@
+"""From rows to prompts and completions: where they come from, which are kept, and how many are lost where.
+
+rows                    the hub's, a local file's, or the recipe's stand-in     load_rows
+prompts, completions    select, shuffle, split; every step is told and cached   prepare
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from lora_ga_trainer.evaluation.sources import check_columns, local_items
+
+Row = dict[str, Any]
+
+
+@dataclass
+class DataArguments:
+    """The data: `dataset_name` on the hub, or the file `dataset_path`, or neither for the recipe's offline stand-in.
+
+    Raises:
+        ValueError: contradictory options, or a size below 1.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset with the recipe's columns."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Local .jsonl, .json, .parquet or .csv file with the recipe's columns."}
+    )
+    train_size: int = field(default=100_000, metadata={"help": "Rows to train on, after filters and shuffle."})
+    eval_size: int = field(default=200, metadata={"help": "Rows held out for the loss before and after."})
+
+    def __post_init__(self):
+        if self.dataset_name and self.dataset_path:
+            raise ValueError("Both `dataset_name` and `dataset_path` are set. Keep one of them.")
+        for name in ("train_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+
+
+@dataclass(frozen=True)
+class DataDefinition:
+    """What a recipe says about its data."""
+
+    columns: tuple[str, ...]
+    """Columns of text; a row without a value in one of them is dropped."""
+    keep: dict[str, Callable[[Row], bool]]
+    """What is kept, by the name under which the count is told."""
+    to_prompt_completion: Callable[[Row], dict[str, str]]
+    """A row as `prompt` and `completion`. TRL masks the prompt and ends the completion with the EOS token."""
+    stand_in: Callable[[int, int], Dataset]
+    """(size, seed) -> rows with the same columns, without a network: as many as `size` asks for, or all there are."""
+
+
+def load_rows(definition: DataDefinition, args: DataArguments, seed: int) -> Dataset:
+    """The rows before any selection.
+
+    Raises:
+        ValueError: no such file, another kind of file, or a column that is missing or holds no text.
+    """
+    if args.dataset_path:
+        source, rows = args.dataset_path, local_items(args.dataset_path, definition.columns)
+    elif args.dataset_name:
+        source, rows = args.dataset_name, load_dataset(args.dataset_name, split="train")
+    else:
+        source, rows = "The stand-in", definition.stand_in(args.train_size + args.eval_size, seed)
+    check_columns(rows, definition.columns, source)
+    for column in definition.columns:
+        dtype = rows.features[column].dtype
+        if dtype not in ("string", "large_string", "null"):
+            raise ValueError(
+                f"The column {column!r} of {source} holds {dtype}, but must hold text. Convert it to strings."
+            )
+    return rows
+
+
+def prepare(
+    rows: Dataset,
+    definition: DataDefinition,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    max_length: int | None,
+    seed: int,
+) -> tuple[Dataset, Dataset]:
+    """Select, shuffle and split: (train, held-out), disjoint; the main process tells how many rows each step kept.
+
+    Every step is a `datasets` transform whose fingerprint is the same in every run, so that a second run on rows from a
+    file or the hub reads the cache. `max_length` None keeps rows of every length.
+
+    Raises:
+        ValueError: no row is left to train on.
+    """
+    counts = [f"Rows: {len(rows):,} in the dataset"]
+
+    def tell(text: str, left: int) -> None:
+        counts.append(text)
+        if not left:
+            raise ValueError(
+                f"No row is left to train on. {'; '.join(counts)}. Undo the selection that drops most: raise `max_length`, "
+                "lower `eval_size`, or bring other data."
+            )
+
+    def keep(rows: Dataset, what: str, predicate: Callable[..., Any], **options: Any) -> Dataset:
+        left = rows.filter(predicate, desc=f"Keeping rows {what}", **options)
+        tell(f"{len(left):,} {what} ({len(rows) - len(left):,} dropped)", len(left))
+        return left
+
+    columns = definition.columns
+    rows = keep(rows, f"with a value in {', '.join(columns)}", has_values, fn_kwargs={"columns": columns})
+    for what, predicate in definition.keep.items():
+        rows = keep(rows, what, predicate)
+    rows = rows.map(definition.to_prompt_completion, remove_columns=rows.column_names, desc="Making prompts")
+    rows = keep(rows, "with something to complete", has_values, fn_kwargs={"columns": ("completion",)})
+    first = first_of_each(rows["prompt"])
+    tell(f"{len(first):,} with a prompt of its own ({len(rows) - len(first):,} dropped)", len(first))
+    rows = rows.select(first).shuffle(seed=seed)
+    if max_length is not None:
+        limits = {"tokenizer": tokenizer, "max_length": max_length}
+        rows = keep(rows, f"of at most {max_length} tokens", fit, batched=True, fn_kwargs=limits)
+
+    held, end = args.eval_size, min(args.eval_size + args.train_size, len(rows))
+    tell(f"{held:,} held out, {end - held:,} to train on, {len(rows) - end:,} left over", max(end - held, 0))
+    PartialState().print("\n  ".join(counts))
+    return rows.select(range(held, end)), rows.select(range(held))
+
+
+def has_values(row: Row, columns: tuple[str, ...]) -> bool:
+    return all(row[column] is not None and row[column].strip() for column in columns)
+
+
+def first_of_each(values: list[str]) -> list[int]:
+    """The index at which each value comes for the first time.
+
+    >>> first_of_each(["a", "b", "a", "c"])
+    [0, 1, 3]
+    """
+    first: dict[str, int] = {}
+    for index, value in enumerate(values):
+        first.setdefault(value, index)
+    return list(first.values())
+
+
+def fit(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[bool]:
+    """Whether prompt, completion and EOS, as TRL will join them, are at most `max_length` tokens."""
+    texts = [
+        prompt + completion + tokenizer.eos_token
+        for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
+    ]
+    return [len(ids) <= max_length for ids in tokenizer(texts)["input_ids"]]

@@ -1,0 +1,57 @@
+"""The small encoder-decoder that the GLUE demo trains: a T5 with random weights, since there is none without a hub."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from demo_model import rename_unless_there
+from movie_phrases import movie_phrases
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from lora_ga_trainer.evaluation.glue import TASKS, prompt_of
+
+
+def demo_t5_path() -> str:
+    """A folder with a T5 of 2 + 2 layers and width 128, and its tokenizer, for `from_pretrained`.
+
+    Made at the first call and kept under `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. It knows
+    nothing, so what it learns in the demo is what its adapter learns.
+    """
+    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora_ga_trainer/random-t5"
+    if not cached.is_dir():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cached.parent))
+        try:
+            tokenizer = word_tokenizer()
+            tokenizer.save_pretrained(partial)
+            random_t5(len(tokenizer)).save_pretrained(partial)
+            rename_unless_there(partial, cached)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return str(cached)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of the stand-in, its instruction and its labels."""
+    task = TASKS["sst2"]
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [prompt_of(task, row) for row in movie_phrases(2000, seed=0)]
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    core.train_from_iterator([*texts, *task.label_words], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def random_t5(vocabulary: int) -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=vocabulary, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(config)

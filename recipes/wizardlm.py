@@ -1,0 +1,38 @@
+"""Fine-tune on instructions of many kinds and answer MT-Bench (paper section 4.2).
+
+    accelerate launch recipes/wizardlm.py                                                  # small, offline, a CPU will do
+    accelerate launch recipes/wizardlm.py --config recipes/configs/wizardlm_llama2_7b.yaml   # the paper's run
+
+Every field of the dataclasses in `finetune.parse` is an option, in the YAML or on the command line.
+"""
+
+from alpaca_demo import alpaca_demo
+from data import DataArguments, DataDefinition, Row
+from finetune import Recipe, run
+
+from lora_ga_trainer.evaluation import mt_bench
+from lora_ga_trainer.evaluation.prompts import alpaca_prompt
+
+
+def to_prompt_completion(row: Row) -> dict[str, str]:
+    """The Alpaca template and the answer, whose leading line breaks would merge with the prompt's last one."""
+    return {"prompt": alpaca_prompt(row["instruction"]), "completion": row["output"].lstrip()}
+
+
+def definition(args: DataArguments) -> DataDefinition:
+    """The columns of WizardLM's Evol-Instruct (WizardLMTeam/WizardLM_evol_instruct_70k), without refusals."""
+    return DataDefinition(
+        columns=("instruction", "output"),
+        keep={
+            "without 'sorry' in output": lambda row: "sorry" not in row["output"].lower(),
+            "without 'as an AI' in output": lambda row: "as an ai" not in row["output"].lower(),
+        },
+        to_prompt_completion=to_prompt_completion,
+        stand_in=lambda size, seed: alpaca_demo(),
+    )
+
+
+RECIPE = Recipe("wizardlm", DataArguments, definition, mt_bench, mt_bench.MTBenchArguments)
+
+if __name__ == "__main__":
+    run(RECIPE)
