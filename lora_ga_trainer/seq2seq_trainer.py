@@ -12,7 +12,33 @@ from .launches import check_shared_embeddings, launch_of
 from .trainer import LoRAGAMixin, check_not_empty
 
 
-class LoRAGASeq2SeqTrainer(LoRAGAMixin, Seq2SeqTrainer):
+class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):
+    """transformers' `Seq2SeqTrainer`, whose loss is a mean over tokens however they are spread over batches and processes."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """`Seq2SeqTrainer`'s loss, but as this batch's share of the mean over all `num_items_in_batch` label tokens.
+
+        transformers leaves that to the model, and T5, BART and their kin ignore it: with gradient accumulation the losses
+        of the micro-batches would add up instead of being averaged, and with several processes each would be multiplied by
+        their number (transformers 5.23). With one process and no accumulation it is the very same loss.
+        """
+        if num_items_in_batch is None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = inputs["labels"].ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=inputs["labels"].device)
+        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = mean * share
+        if self.args.average_tokens_across_devices:  # the backends average gradients over processes
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
     """transformers' `Seq2SeqTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
 
     `args` may be a `LoRAGASeq2SeqConfig`, or a `Seq2SeqTrainingArguments` or `TrainingArguments`, which get the default
@@ -54,25 +80,3 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, Seq2SeqTrainer):
         check_not_empty(self.train_dataset, "has no example")
         check_shared_embeddings(launch_of(self.accelerator), model)
         self.attach_lora_ga()
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """`Seq2SeqTrainer`'s loss, but as this batch's share of the mean over all `num_items_in_batch` label tokens.
-
-        transformers leaves that to the model, and T5, BART and their kin ignore it: with gradient accumulation the losses
-        of the micro-batches would add up instead of being averaged, and with several processes each would be multiplied by
-        their number (transformers 5.23). With one process and no accumulation it is the very same loss.
-        """
-        if num_items_in_batch is None or self.compute_loss_func is not None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        share = inputs["labels"].ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=inputs["labels"].device)
-        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = mean * share
-        if self.args.average_tokens_across_devices:  # the backends average gradients over processes
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from lora_ga_trainer.trainer import LoRAGAMixin
+from lora_ga_trainer import LoRAGAMixin
+from lora_ga_trainer.seq2seq_trainer import TokenMeanSeq2SeqTrainer
 
 LORA_PLUS_RATIO = 16
 """λ of LoRA+ (arXiv 2402.12354): B learns so many times as fast as A."""
@@ -168,7 +169,16 @@ def check_saves_whole(trainer: Trainer) -> None:
 class LoRAPlusSFTTrainer(LoRAPlus, SFTTrainer): ...
 
 
+class LoRAPlusSeq2SeqTrainer(LoRAPlus, TokenMeanSeq2SeqTrainer): ...
+
+
 class PiSSASFTTrainer(PiSSA, SFTTrainer): ...
 
 
+class PiSSASeq2SeqTrainer(PiSSA, TokenMeanSeq2SeqTrainer): ...
+
+
 class AdaLoRASFTTrainer(AdaLoRA, SFTTrainer): ...
+
+
+class AdaLoRASeq2SeqTrainer(AdaLoRA, TokenMeanSeq2SeqTrainer): ...

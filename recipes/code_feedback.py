@@ -8,9 +8,10 @@ Every field of the dataclasses in `finetune.parse` is an option, in the YAML or 
 
 import re
 
+from causal import CausalRecipe
 from codeio import codeio
 from data import DataArguments, DataDefinition, Row
-from finetune import Recipe, run
+from finetune import run
 
 from lora_ga_trainer.evaluation import humaneval
 from lora_ga_trainer.evaluation.prompts import alpaca_prompt
@@ -42,7 +43,7 @@ def definition(args: DataArguments) -> DataDefinition:
     )
 
 
-RECIPE = Recipe("code_feedback", DataArguments, definition, humaneval, humaneval.HumanEvalArguments)
+RECIPE = CausalRecipe("code_feedback", DataArguments, humaneval, humaneval.HumanEvalArguments, definition)
 
 if __name__ == "__main__":
     run(RECIPE)

@@ -32,13 +32,13 @@ def demo_model_path() -> str:
         partial = Path(tempfile.mkdtemp(dir=cached.parent))
         try:
             _dequantize(partial)
-            _rename_unless_there(partial, cached)
+            rename_unless_there(partial, cached)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return str(cached)
 
 
-def _rename_unless_there(partial: Path, cached: Path) -> None:
+def rename_unless_there(partial: Path, cached: Path) -> None:
     try:
         partial.rename(cached)
     except OSError:

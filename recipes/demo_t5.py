@@ -1,12 +1,11 @@
 """The small encoder-decoder that the GLUE demo trains: a T5 with random weights, since there is none without a hub."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import rename_unless_there
+from demo_model import cache_folder, rename_unless_there
 from movie_phrases import movie_phrases
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -20,7 +19,7 @@ def demo_t5_path() -> str:
     Made at the first call and kept under `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. It knows
     nothing, so what it learns in the demo is what its adapter learns.
     """
-    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora_ga_trainer/random-t5"
+    cached = cache_folder() / "random-t5"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cached.parent))

@@ -4,62 +4,23 @@ import logging
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
 from baselines import check_saves_whole
-from data import DataArguments, DataDefinition, load_rows, prepare
-from demo_model import demo_model_path
-from methods import METHODS, MethodConfig, adapter_config, set_ga_options
-from transformers import AutoTokenizer
-from trl import SFTTrainer, TrlParser, get_quantization_config
+from methods import MethodConfig, set_ga_options
+from recipe import Options, Recipe, RunArguments
+from transformers import AutoTokenizer, Trainer
+from trl import TrlParser
 
-from lora_ga_trainer import LoRAGASFTConfig
 from lora_ga_trainer.backends import gather_objects, rank
-from lora_ga_trainer.evaluation.arguments import EvaluationArguments
 from lora_ga_trainer.evaluation.loading import model_settings
 from lora_ga_trainer.evaluation.results import evaluation_settings, open_evaluation
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What makes one recipe different from the others."""
-
-    name: str
-    """Of its file, and of its configurations `configs/{name}_*.yaml`."""
-    data_arguments: type[DataArguments]
-    definition: Callable[[Any], DataDefinition]
-    benchmark: ModuleType
-    """A module of `lora_ga_trainer.evaluation`."""
-    benchmark_arguments: type[EvaluationArguments]
-
-
-@dataclass
-class RunArguments:
-    """Options of the run that are no one else's."""
-
-    evaluate: bool = field(
-        default=False,
-        metadata={"help": "Run the recipe's benchmark on the trained model; only then are there options of it."},
-    )
-
-
-class Options(NamedTuple):
-    """Everything that `parse` reads, one dataclass each."""
-
-    data: DataArguments
-    training: LoRAGASFTConfig
-    model: MethodConfig
-    run: RunArguments
-    evaluation: EvaluationArguments | None = None
 
 
 def parse(recipe: Recipe, argv: list[str]) -> Options:
@@ -77,42 +38,25 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
     if "config" not in set_here:
         argv = ["--config", str(config), *argv]
 
-    # A benchmark checks its own options, and may ask for a permission that a run without it does not need.
-    asked, *_ = TrlParser(RunArguments, add_help=False).parse_args_and_config(argv, return_remaining_strings=True)
-    benchmark = (recipe.benchmark_arguments,) if asked.evaluate else ()
-    parser = TrlParser((recipe.data_arguments, LoRAGASFTConfig, MethodConfig, RunArguments, *benchmark))
+    parser = TrlParser((recipe.data_arguments, recipe.config, MethodConfig, RunArguments, recipe.benchmark_arguments))
     options = Options(*parser.parse_args_and_config(argv))
     set_here |= yaml.safe_load(config.read_text(encoding="utf-8"))
     set_ga_options(options.training, options.model.method, given=set_here)
     return options
 
 
-def finetune(recipe: Recipe, options: Options) -> SFTTrainer:
+def finetune(recipe: Recipe, options: Options) -> Trainer:
     """Train, save and, if asked to, evaluate. Every process calls it; the model may be sharded."""
-    training_args, model_args, definition = options.training, options.model, recipe.definition(options.data)
+    training_args, model_args = options.training, options.model
     with training_args.main_process_first():  # it makes the copies that the others read
         if model_args.model_name_or_path is None:
-            model_args.model_name_or_path = demo_model_path()
+            model_args.model_name_or_path = recipe.demo_model()
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-        rows = load_rows(definition, options.data, training_args.seed)
-        train, held_out = prepare(
-            rows, definition, tokenizer, options.data, training_args.max_length, training_args.seed
-        )
+        train, held_out = recipe.datasets(options, tokenizer)
+    if options.run.evaluate:
+        recipe.benchmark.check(options.evaluation)  # before hours of training
     training_args.eval_on_start = True
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    trainer = METHODS[model_args.method].trainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=adapter_config(model_args),
-    )
+    trainer = recipe.trainer(options, tokenizer, train, held_out)
     check_saves_whole(trainer)
 
     resume = training_args.resume_from_checkpoint
@@ -123,14 +67,14 @@ def finetune(recipe: Recipe, options: Options) -> SFTTrainer:
 
     say = PartialState().print  # on the main process only; the rest is done on all, which share a sharded model
     say(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")
-    say(how_to_load(model_args, training_args.output_dir))
+    say(how_to_load(recipe, model_args, training_args.output_dir))
     if options.run.evaluate:
         benchmark, directory, results = evaluate(recipe, options, trainer)
         say(f"{benchmark}: score {results['score']} on {results['count']} items. All of them are in {directory}.")
     return trainer
 
 
-def evaluate(recipe: Recipe, options: Options, trainer: SFTTrainer) -> tuple[str, Path, dict[str, Any]]:
+def evaluate(recipe: Recipe, options: Options, trainer: Trainer) -> tuple[str, Path, dict[str, Any]]:
     """Run the recipe's benchmark on the model in memory: (the benchmark's name, its folder, its results)."""
     benchmark, output_dir = recipe.benchmark.__name__.split(".")[-1], options.training.output_dir
     base, adapter = (options.model.model_name_or_path, output_dir) if options.model.use_peft else (output_dir, None)
@@ -142,20 +86,21 @@ def evaluate(recipe: Recipe, options: Options, trainer: SFTTrainer) -> tuple[str
     return benchmark, directory, results
 
 
-def how_to_load(model_args: MethodConfig, output_dir: str) -> str:
+def how_to_load(recipe: Recipe, model_args: MethodConfig, output_dir: str) -> str:
     """Where the result is, and the code that loads it without this project."""
+    auto_class = recipe.auto_class.__name__
     revision = "" if model_args.model_revision == "main" else f", revision={model_args.model_revision!r}"
     if not model_args.use_peft:
         return (
             f"The model is in {output_dir}. Load it with transformers:\n\n"
-            "    from transformers import AutoModelForCausalLM\n"
-            f"    model = AutoModelForCausalLM.from_pretrained({output_dir!r})\n"
+            f"    from transformers import {auto_class}\n"
+            f"    model = {auto_class}.from_pretrained({output_dir!r})\n"
         )
     return (
         f"The adapter is in {output_dir}. Load it with stock PEFT:\n\n"
         "    from peft import PeftModel\n"
-        "    from transformers import AutoModelForCausalLM\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({model_args.model_name_or_path!r}{revision})\n"
+        f"    from transformers import {auto_class}\n"
+        f"    base = {auto_class}.from_pretrained({model_args.model_name_or_path!r}{revision})\n"
         f"    model = PeftModel.from_pretrained(base, {output_dir!r})\n"
     )
 

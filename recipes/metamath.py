@@ -10,8 +10,9 @@ Every field of the dataclasses in `finetune.parse` is an option, in the YAML or 
 
 from dataclasses import dataclass, field
 
+from causal import CausalRecipe
 from data import DataArguments, DataDefinition, Row
-from finetune import Recipe, run
+from finetune import run
 from gsm_symbolic import gsm_symbolic
 
 from lora_ga_trainer.evaluation import gsm8k
@@ -51,7 +52,7 @@ def definition(args: MathDataArguments) -> DataDefinition:
     )
 
 
-RECIPE = Recipe("metamath", MathDataArguments, definition, gsm8k, gsm8k.GSM8KArguments)
+RECIPE = CausalRecipe("metamath", MathDataArguments, gsm8k, gsm8k.GSM8KArguments, definition)
 
 if __name__ == "__main__":
     run(RECIPE)

@@ -7,13 +7,22 @@ targets are all linear layers but the head, unless the options say otherwise.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
-from baselines import AdaLoRASFTTrainer, LoRAPlusSFTTrainer, PiSSASFTTrainer
+from baselines import (
+    AdaLoRASeq2SeqTrainer,
+    AdaLoRASFTTrainer,
+    LoRAPlusSeq2SeqTrainer,
+    LoRAPlusSFTTrainer,
+    PiSSASeq2SeqTrainer,
+    PiSSASFTTrainer,
+)
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from transformers import Seq2SeqTrainer
 from trl import ModelConfig, SFTTrainer
 
-from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer
+from lora_ga_trainer import LoRAGAArguments, LoRAGASeq2SeqTrainer, LoRAGASFTTrainer
+from lora_ga_trainer.seq2seq_trainer import TokenMeanSeq2SeqTrainer
 
 
 def lora(**changes: Any) -> Callable[..., LoraConfig]:
@@ -26,11 +35,22 @@ def adalora(r: int, **shared: Any) -> AdaLoraConfig:
     return AdaLoraConfig(init_r=ceil(1.5 * r), target_r=r, total_step=1, orth_reg_weight=0.0, **shared)
 
 
+class Trainers(NamedTuple):
+    """For either kind of model."""
+
+    causal: type[SFTTrainer]
+    seq2seq: type[Seq2SeqTrainer]
+
+
+STOCK = Trainers(SFTTrainer, TokenMeanSeq2SeqTrainer)
+LORA_GA = Trainers(LoRAGASFTTrainer, LoRAGASeq2SeqTrainer)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table."""
 
-    trainer: type[SFTTrainer]
+    trainers: Trainers
     adapter: Callable[..., PeftConfig] | None
     """(r, lora_alpha, …) -> the adapter's configuration; None to train all weights."""
     ga: dict[str, str] = field(default_factory=dict)
@@ -38,18 +58,18 @@ class Method:
 
 
 METHODS = {
-    "lora_ga": Method(LoRAGASFTTrainer, lora(use_rslora=True)),
-    "full": Method(SFTTrainer, None),
-    "lora": Method(SFTTrainer, lora()),
-    "rslora": Method(SFTTrainer, lora(use_rslora=True)),
-    "lora_plus": Method(LoRAPlusSFTTrainer, lora()),
-    "dora": Method(SFTTrainer, lora(use_dora=True)),
-    "pissa": Method(PiSSASFTTrainer, lora(init_lora_weights="pissa")),
-    "adalora": Method(AdaLoRASFTTrainer, adalora),
+    "lora_ga": Method(LORA_GA, lora(use_rslora=True)),
+    "full": Method(STOCK, None),
+    "lora": Method(STOCK, lora()),
+    "rslora": Method(STOCK, lora(use_rslora=True)),
+    "lora_plus": Method(Trainers(LoRAPlusSFTTrainer, LoRAPlusSeq2SeqTrainer), lora()),
+    "dora": Method(STOCK, lora(use_dora=True)),
+    "pissa": Method(Trainers(PiSSASFTTrainer, PiSSASeq2SeqTrainer), lora(init_lora_weights="pissa")),
+    "adalora": Method(Trainers(AdaLoRASFTTrainer, AdaLoRASeq2SeqTrainer), adalora),
     # the paper's ablation: neither of LoRA-GA's two parts, stable output only, gradient only
-    "gaussian": Method(LoRAGASFTTrainer, lora(), {"ga_direction": "gaussian", "ga_scale": "gaussian"}),
-    "so": Method(LoRAGASFTTrainer, lora(use_rslora=True), {"ga_direction": "gaussian", "ga_scale": "stable"}),
-    "ga": Method(LoRAGASFTTrainer, lora(), {"ga_direction": "ArB2r", "ga_scale": "unit"}),
+    "gaussian": Method(LORA_GA, lora(), {"ga_direction": "gaussian", "ga_scale": "gaussian"}),
+    "so": Method(LORA_GA, lora(use_rslora=True), {"ga_direction": "gaussian", "ga_scale": "stable"}),
+    "ga": Method(LORA_GA, lora(), {"ga_direction": "ArB2r", "ga_scale": "unit"}),
 }
 
 
@@ -74,6 +94,7 @@ class MethodConfig(ModelConfig):
     use_peft: bool = field(init=False)
     use_rslora: bool = field(init=False, default=False)
     use_dora: bool = field(init=False, default=False)
+    lora_task_type: str = field(init=False, default="CAUSAL_LM")
     lora_target_parameters: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self):
@@ -86,8 +107,8 @@ class MethodConfig(ModelConfig):
         self.use_peft = METHODS[self.method].adapter is not None
 
 
-def adapter_config(model_args: MethodConfig) -> PeftConfig | None:
-    """What the method's trainer takes as `peft_config`."""
+def adapter_config(model_args: MethodConfig, task_type: str) -> PeftConfig | None:
+    """The method's adapter for a model of PEFT's `task_type`; None to train all weights."""
     adapter = METHODS[model_args.method].adapter
     if adapter is None:
         return None
@@ -97,7 +118,7 @@ def adapter_config(model_args: MethodConfig) -> PeftConfig | None:
         lora_dropout=model_args.lora_dropout,
         target_modules=model_args.lora_target_modules,
         modules_to_save=model_args.lora_modules_to_save,
-        task_type=model_args.lora_task_type,
+        task_type=task_type,
     )
 
 

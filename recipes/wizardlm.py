@@ -7,8 +7,9 @@ Every field of the dataclasses in `finetune.parse` is an option, in the YAML or 
 """
 
 from alpaca_demo import alpaca_demo
+from causal import CausalRecipe
 from data import DataArguments, DataDefinition, Row
-from finetune import Recipe, run
+from finetune import run
 
 from lora_ga_trainer.evaluation import mt_bench
 from lora_ga_trainer.evaluation.prompts import alpaca_prompt
@@ -32,7 +33,7 @@ def definition(args: DataArguments) -> DataDefinition:
     )
 
 
-RECIPE = Recipe("wizardlm", DataArguments, definition, mt_bench, mt_bench.MTBenchArguments)
+RECIPE = CausalRecipe("wizardlm", DataArguments, mt_bench, mt_bench.MTBenchArguments, definition)
 
 if __name__ == "__main__":
     run(RECIPE)

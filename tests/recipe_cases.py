@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import code_feedback
+import glue
 import metamath
 import wizardlm
-from tiny import CONFIGS, word_tokenizer
+from tiny import CONFIGS, tiny_t5, word_tokenizer
 from transformers import AutoModelForCausalLM
 
-RECIPES = {recipe.name: recipe for recipe in (metamath.RECIPE, wizardlm.RECIPE, code_feedback.RECIPE)}
+CAUSAL = {recipe.name: recipe for recipe in (metamath.RECIPE, wizardlm.RECIPE, code_feedback.RECIPE)}
+RECIPES = CAUSAL | {"glue": glue.RECIPE}
+LABEL_WORDS = ("negative", "positive")
 
 
 def rows_for(recipe: str, count: int = 60) -> list[dict[str, str]]:
@@ -23,6 +26,7 @@ def rows_for(recipe: str, count: int = 60) -> list[dict[str, str]]:
         },
         "wizardlm": lambda question, answer: {"instruction": question, "output": answer},
         "code_feedback": lambda question, answer: {"query": question, "answer": f"w1\n```python\n{answer}\n```\nw2"},
+        "glue": lambda question, answer: {"sentence": f"{question} {answer}", "label": int("w1 " in question)},
     }[recipe]
     return [make(*text) for text in texts]
 
@@ -32,8 +36,12 @@ def write(rows: list[dict], path: Path) -> Path:
     return path
 
 
-def save_model(folder: Path) -> Path:
-    """One layer of the tiny Llama, and its tokenizer."""
+def save_model(folder: Path, recipe: str = "metamath") -> Path:
+    """One layer of the tiny Llama, or the tiny T5, and its tokenizer."""
+    if recipe == "glue":
+        tiny_t5().save_pretrained(folder)
+        word_tokenizer(LABEL_WORDS).save_pretrained(folder)
+        return folder
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 1
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -47,7 +55,7 @@ def options(recipe: str, folder: Path, **overrides) -> list[str]:
     if not data.exists():
         write(rows_for(recipe), data)
     if not (folder / "model").exists():
-        save_model(folder / "model")
+        save_model(folder / "model", recipe)
     values = {
         "dataset_path": data,
         "model_name_or_path": folder / "model",
@@ -55,12 +63,13 @@ def options(recipe: str, folder: Path, **overrides) -> list[str]:
         "r": 4,
         "max_steps": 3,
         "eval_size": 8,
-        "max_length": 60,
         "per_device_eval_batch_size": 8,
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "ga_num_samples": 8,
         "use_cpu": "true",
         "disable_tqdm": "true",
-    } | overrides
+    }
+    values |= {"evaluation_file": data, "evaluate": "false"} if recipe == "glue" else {"max_length": 60}
+    values |= overrides
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]

@@ -53,7 +53,7 @@ class LabelWords:
 def test_probabilities_are_means_over_the_words_tokens(tokenizer):
     model, words = tiny_t5().train(), ("negative", "positive")
     prompts = ["w1 w2 w3", "w4", "w9 w1"]
-    found = log_probabilities(model, LabelWords(tokenizer), prompts, words)
+    found = log_probabilities(model, LabelWords(tokenizer), prompts, words, 128)
     assert model.training
     for prompt, values in zip(prompts, found, strict=True):
         for word, value in zip(words, values, strict=True):
@@ -72,9 +72,8 @@ def test_evaluate(tokenizer, tmp_path):
     args = GLUEArguments(task="sst2", evaluation_file=str(tmp_path / "dev.parquet"), evaluation_batch_size=4)
     results = evaluate(model, words, tmp_path, args)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    expected = log_probabilities(
-        model, words, [prompt_of(TASKS["sst2"], row) for row in rows], ("negative", "positive")
-    )
+    prompts = [prompt_of(TASKS["sst2"], row) for row in rows]
+    expected = log_probabilities(model, words, prompts, ("negative", "positive"), 128)
     predicted = ["positive" if positive > negative else "negative" for negative, positive in expected]
     assert [prediction["predicted"] for prediction in results["predictions"]] == predicted
     right = sum(word == TASKS["sst2"].label_words[row["label"]] for word, row in zip(predicted, rows, strict=True))

@@ -17,7 +17,7 @@ from finetune import finetune, parse
 from gsm_symbolic import gsm_symbolic
 from metamath import MathDataArguments
 from peft import PeftModel
-from recipe_cases import RECIPES, options, rows_for, save_model, write
+from recipe_cases import CAUSAL, RECIPES, options, rows_for, save_model, write
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer.evaluation.gsm8k import final_number
@@ -118,7 +118,7 @@ def test_the_first_code_block(answer, completion):
         assert code_prompt_completion(row)["prompt"].endswith("### Instruction:\nw1\n\n### Response:\n")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", CAUSAL)
 def test_files_of_every_kind(recipe, tmp_path, tokenizer):
     rows = datasets.Dataset.from_list(rows_for(recipe))
     rows.to_parquet(tmp_path / "mine.parquet")
@@ -137,7 +137,7 @@ def test_the_cache_is_used_again(tmp_path, monkeypatch, tokenizer):
     """Nothing is computed twice: neither in this process nor in another, whose hashes are seeded otherwise."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     save_model(tmp_path / "model")
-    for recipe in RECIPES:
+    for recipe in CAUSAL:
         write(rows_for(recipe), tmp_path / f"{recipe}.jsonl")
         extra = {"type_contains": "GSM"} if recipe == "metamath" else {}
         args = data_arguments(recipe, dataset_path=tmp_path / f"{recipe}.jsonl", eval_size=8, **extra)
@@ -150,7 +150,7 @@ import sys
 from pathlib import Path
 from test_recipes import *
 from tiny import word_tokenizer
-for recipe in RECIPES:
+for recipe in CAUSAL:
     extra = {"type_contains": "GSM"} if recipe == "metamath" else {}
     args = data_arguments(recipe, dataset_path=Path(sys.argv[1]) / f"{recipe}.jsonl", eval_size=8, **extra)
     for _ in range(2):
@@ -266,7 +266,9 @@ CONFIGS = [path for name in RECIPES for path in sorted((ROOT / "recipes/configs"
 
 
 def test_every_recipe_has_a_demo_and_the_papers_run():
-    assert {path.stem for path in CONFIGS} == {f"{name}_{which}" for name in RECIPES for which in ("demo", "llama2_7b")}
+    assert {path.stem for path in CONFIGS} == {
+        f"{name}_{which}" for name in CAUSAL for which in ("demo", "llama2_7b")
+    } | {"glue_demo", "glue_t5_base"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -278,9 +280,7 @@ def test_committed_configs_parse(config, tmp_path):
     (recipe,) = (recipe for name, recipe in RECIPES.items() if config.stem.startswith(name))
     parsed = parse(recipe, ["--config", str(tmp_path / "config.yaml")])
     for name, value in values.items():
-        holders = [
-            holder for holder in (parsed.data, parsed.training, parsed.model, parsed.run) if hasattr(holder, name)
-        ]
+        holders = [holder for holder in parsed if hasattr(holder, name)]
         assert [getattr(holder, name) for holder in holders] == [value], name
     model_args, training_args = parsed.model, parsed.training
     assert (model_args.method, model_args.r, model_args.lora_alpha, model_args.lora_dropout) == ("lora_ga", 8, 16, 0)
@@ -357,7 +357,8 @@ def test_a_wrong_launch_ends_in_one_clear_error(tmp_path):
     [
         (["--ga_direction", "up"], "`ga_direction` is 'up', but must be one of"),
         (["--no_such_option", "1"], "no_such_option"),
-        (["--evaluation_limit", "1"], "evaluation_limit"),
+        (["--evaluation_limit", "0"], "`evaluation_limit` is 0, but must be at least 1"),
+        (["--evaluate", "--offline", "--evaluation_file", "x.jsonl"], "Both `offline` and `evaluation_file`"),
         (["--r", "30"], "rank 30 is too large for"),
     ],
 )

@@ -51,8 +51,6 @@ TASKS = {
         "classify the semantic similarity of the text: ", ("sentence1", "sentence2"), ("different", "equivalent")
     ),
 }
-MAX_LENGTH = 128
-"""Tokens of a prompt; longer ones are cut (paper section 4.1)."""
 
 
 @dataclass
@@ -64,6 +62,7 @@ class GLUEArguments(EvaluationArguments):
     """
 
     task: str = field(default="sst2", metadata={"help": f"One of {', '.join(TASKS)}."})
+    max_prompt_tokens: int = field(default=128, metadata={"help": "Longer prompts are cut; 128 is the paper's."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,11 +107,17 @@ def load_split(name: str, split: str, path: str | None) -> Dataset:
 
 
 def log_probabilities(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], words: tuple[str, ...]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    words: tuple[str, ...],
+    max_prompt_tokens: int,
 ) -> list[list[float]]:
     """For each prompt and each word, the mean log-probability of the word's tokens: of words of any length alike."""
     device = compute_device(next(model.parameters()))
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH).to(device)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, truncation=True, max_length=max_prompt_tokens).to(
+        device
+    )
     was_training, columns = model.training, []
     try:
         model.eval()
@@ -189,7 +194,7 @@ def evaluate(
     task, items = TASKS[args.task], load_items(args)
 
     def answer(batch: list[str]) -> list[list[float]]:
-        return log_probabilities(model, tokenizer, batch, task.label_words)
+        return log_probabilities(model, tokenizer, batch, task.label_words, args.max_prompt_tokens)
 
     prompts = {str(index): prompt_of(task, item) for index, item in enumerate(items)}
     found = answer_all(prompts, answer, directory / "log_probabilities.jsonl", args.evaluation_batch_size)
