@@ -271,7 +271,7 @@ def test_one_name_for_the_rank_and_for_the_method():
         with pytest.raises(ValueError, match="not used by the HfArgumentParser: .*" + option[0]):
             parse(recipe, ["--use_cpu", "true", *option])
     model_args = parse(recipe, ["--use_cpu", "true", "--method", "dora", "--r", "32"]).model
-    config = adapter_config(model_args)
+    config = adapter_config(model_args, "CAUSAL_LM")
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (32, 16, 0.0, True)
     assert config.target_modules == "all-linear"
     assert (model_args.lora_r, model_args.use_peft) == (32, True)
