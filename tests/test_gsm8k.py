@@ -18,6 +18,9 @@ from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments, evaluate, final_num
 from lora_ga_trainer.evaluation.results import evaluation_settings, finished_lines, open_evaluation, weights_digest
 
 
+DDP = Path(__file__).parents[1] / "accelerate_configs/cpu/ddp.yaml"
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -175,13 +178,14 @@ def test_numbers_out_of_range():
 
 
 def command_line(*arguments, cwd):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m"]
     return subprocess.run(
-        [sys.executable, "-m", "lora_ga_trainer.evaluation", *map(str, arguments)],
+        [*launcher, "lora_ga_trainer.evaluation", *map(str, arguments)],
         capture_output=True, text=True, cwd=cwd, timeout=300,
     )  # fmt: skip
 
 
-def test_the_command_line_evaluates_an_adapter(problems, base_model, tokenizer, tmp_path):
+def test_the_command_line_evaluates_an_adapter_on_two_processes(problems, base_model, tokenizer, tmp_path):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -198,6 +202,7 @@ def test_the_command_line_evaluates_an_adapter(problems, base_model, tokenizer, 
     run = command_line("gsm8k", *options, "--adapter", tmp_path / "adapter", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "evaluation").iterdir()
+    assert len(finished_lines(folder / "completions.jsonl")) == 7 and run.stdout.count("gsm8k: score") == 1
     assert f"gsm8k: score 0.0 on 7 items. All of them are in {folder.relative_to(tmp_path)}." in run.stdout
     found = json.loads((folder / "results.json").read_text())["predictions"]
     prompts = [f"Q: {prediction['question']}\nA:" for prediction in found]

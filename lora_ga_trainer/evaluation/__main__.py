@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from accelerate import PartialState
 from trl import TrlParser
 
@@ -44,7 +45,8 @@ def main() -> None:
     parser = TrlParser((ModelArguments, arguments), prog=f"python -m lora_ga_trainer.evaluation {name}")
     try:
         model_args, args = parser.parse_args_and_config(options)  # an unknown option is a `ValueError` here
-        state = PartialState()
+        # told so, because accelerate would take the processes of a launch on CPUs each for the only one
+        state = PartialState(cpu=not torch.accelerator.is_available())
         benchmark.check(args)  # before the model, which may take minutes to load
         model, tokenizer = load(model_args.base, model_args.adapter, model_args.dtype)
         settings = evaluation_settings(model_settings(model_args.base, model_args.adapter, model_args.dtype), args)
