@@ -17,7 +17,6 @@ from lora_ga_trainer.evaluation.generation import before_stop, complete, generat
 from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments, evaluate, final_number, load_items, score
 from lora_ga_trainer.evaluation.results import evaluation_settings, finished_lines, open_evaluation, weights_digest
 
-
 DDP = Path(__file__).parents[1] / "accelerate_configs/cpu/ddp.yaml"
 
 

@@ -4,7 +4,6 @@ import doctest
 import gzip
 import json
 import os
-import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import environment, free_port
-from tiny import VOCABULARY, tiny_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import letter_tokenizer, tiny_model
 from trl import TrlParser
 
 from lora_ga_trainer.evaluation import humaneval
@@ -49,19 +46,6 @@ PROBLEM = {"task_id": "Test/0", "prompt": PROMPT, "entry_point": "root_of_half",
 
 WHOLE = "def root_of_half(x):\n    y = half(x)\n    return math.sqrt(y)\n"
 BODY = "    y = half(x)\n    return math.sqrt(y)\n"
-
-
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. (`word_tokenizer` will not do: transformers' stop strings need to know letters.)"""
-    characters = string.ascii_lowercase + string.digits + " \n`_()[]=*/+-:,.#'\""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
-    assert len(vocabulary) <= VOCABULARY
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +235,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from test_humaneval import letter_tokenizer
-from tiny import tiny_model
+from tiny import letter_tokenizer, tiny_model
 from lora_ga_trainer.evaluation.humaneval import HumanEvalArguments, evaluate
 
 state = PartialState(cpu=True)

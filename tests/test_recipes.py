@@ -378,18 +378,48 @@ def test_help_shows_every_option(capsys):
     )
 
 
-def test_the_benchmark_of_a_run(tmp_path, one_thread, capsys):
-    """`--evaluate` asks the model that was trained, and tells where the answers are."""
-    problems = write(
-        [{"question": "w1 w2", "answer": "#### 1"}, {"question": "w3", "answer": "#### 2"}], tmp_path / "p.jsonl"
-    )
-    asked = [*options("metamath", tmp_path), "--evaluation_file", str(problems), "--max_new_tokens", "4"]
-    trainer = finetune(RECIPES["metamath"], parse(RECIPES["metamath"], [*asked, "--evaluate"]))
-    assert "gsm8k: score 0.0 on 2 items. All of them are in" in capsys.readouterr().out
+ITEMS = {
+    "metamath": [{"question": "w1 w2", "answer": "#### 1"}, {"question": "w3", "answer": "#### 2"}],
+    "wizardlm": [{"question_id": n, "category": "writing", "turns": [f"w{n} w2", "w3"]} for n in (81, 82)],
+    "code_feedback": [
+        {
+            "task_id": f"T/{n}",
+            "prompt": "def f(x):\n",
+            "entry_point": "f",
+            "test": "def check(f):\n    assert f(1) == 1\n",
+        }
+        for n in (1, 2)
+    ],
+    "glue": [{"sentence": "w1 w2", "label": 0}, {"sentence": "w1 w2", "label": 1}],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_benchmark_of_a_run(name, tmp_path, one_thread, capsys):
+    """`--evaluate` asks the model that was trained, and so does the evaluation by itself afterwards."""
+    recipe, (items, last) = RECIPES[name], (ITEMS[name], f"{name}.jsonl")
+    asked = options(name, tmp_path, evaluation_file=write(items, tmp_path / last), evaluate="true", max_new_tokens=4)
+    asked += ["--allow_code_execution", "true"] if name == "code_feedback" else []
+    options_of_run = parse(recipe, asked)
+    trainer = finetune(recipe, options_of_run)
+    benchmark = recipe.benchmark.__name__.split(".")[-1]
+    score = {"wizardlm": None, "glue": 0.5}.get(name, 0.0)
+    assert f"{benchmark}: score {score} on 2 items. All of them are in" in capsys.readouterr().out
     (folder,) = (tmp_path / "out/evaluation").iterdir()
     settings = json.loads((folder / "settings.json").read_text())
     assert model_settings(str(tmp_path / "model"), str(tmp_path / "out"), "float32").items() <= settings.items()
-    predictions = json.loads((folder / "results.json").read_text())["predictions"]
-    ids = trainer.processing_class(["Q: w1 w2\nA:"], return_tensors="pt")
-    said = trainer.model.eval().generate(**ids, do_sample=False, max_new_tokens=4)[0, ids["input_ids"].shape[1] :]
-    assert predictions[0]["completion"] == trainer.processing_class.decode(said, skip_special_tokens=True)
+
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["predictions"]) == 2
+    (tmp_path / "again").mkdir()
+    loaded = PeftModel.from_pretrained(recipe.auto_class.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    again = recipe.benchmark.evaluate(loaded, trainer.processing_class, tmp_path / "again", options_of_run.evaluation)
+    assert again["predictions"] == results["predictions"]
+
+
+def test_the_benchmark_is_checked_before_training(tmp_path):
+    recipe = RECIPES["code_feedback"]
+    asked = options("code_feedback", tmp_path, evaluation_file=write(ITEMS["code_feedback"], tmp_path / "p.jsonl"))
+    with pytest.raises(ValueError, match="--allow_code_execution true"):
+        finetune(recipe, parse(recipe, [*asked, "--evaluate", "true"]))
+    assert not (tmp_path / "out").exists()
