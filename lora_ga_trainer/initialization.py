@@ -155,6 +155,8 @@ def restart_lora_ga(
     saved adapter's rank grows by 2·r; merging removes that. If anything fails before the factors are found, nothing has been
     changed. The learning rate is the caller's: let it climb again, since the optimizer starts without momentum.
 
+    From then on only `save_pretrained` and `load_adapter` carry the whole adapter: what was frozen is not in `state_dict()`.
+
     Args:
         optimizer: that of the training, as `accelerator.prepare` or `deepspeed.initialize` returned it.
         peft_model, batches, config, compute_loss: as for `initialize_lora_ga`.

@@ -59,6 +59,12 @@ def launch_of(accelerator: Accelerator) -> Launch:
     )
 
 
+def launch_has_schedule(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's configuration sets the learning rate's schedule."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and "scheduler" in plugin.deepspeed_config
+
+
 def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
     """Refuse reentrant gradient checkpointing under FSDP2: it runs no backward that is limited to some inputs.
 

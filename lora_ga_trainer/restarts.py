@@ -25,6 +25,25 @@ def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
     return schedule(step) * (since_restart + 1) / (config.ga_restart_warmup_steps + 1)
 
 
+def check_schedule(config: LoRAGAArguments, scheduler: LRScheduler | None, launch_has_one: bool) -> None:
+    """Refuse a learning rate that could not climb again after a restart, because it is not the trainer's to set.
+
+    Args:
+        scheduler: what the user made, if anything.
+        launch_has_one: whether DeepSpeed's configuration has a schedule.
+
+    Raises:
+        ValueError: there is one, and `ga_restart_warmup_steps` is above 0.
+    """
+    if config.ga_restart_warmup_steps and (scheduler is not None or launch_has_one):
+        source = "DeepSpeed's configuration" if launch_has_one else "`optimizers`"
+        raise ValueError(
+            f"`ga_restart_warmup_steps` is {config.ga_restart_warmup_steps}, but the learning rate's schedule comes from "
+            f"{source}, so that it cannot be warmed up again after a restart. Leave the schedule to `lr_scheduler_type`, or "
+            "set `ga_restart_warmup_steps=0`."
+        )
+
+
 def rewarm(scheduler: LRScheduler, config: LoRAGAArguments) -> None:
     """Put `rewarmed` around the schedule of `scheduler`, in place. It is a function of the step, so nothing more is saved.
 

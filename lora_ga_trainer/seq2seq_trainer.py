@@ -32,7 +32,7 @@ class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = inputs["labels"].ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=inputs["labels"].device)
         mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = mean * share
+        loss = torch.where(share > 0, mean, 0.0) * share  # without a label token the mean is NaN
         if self.args.average_tokens_across_devices:  # the backends average gradients over processes
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

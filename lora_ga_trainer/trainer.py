@@ -9,13 +9,14 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,10 +28,10 @@ from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
 from .delta import delta_halves, delta_layers
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
-from .launches import check_checkpointing, check_restart, launch_of
+from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
 from .probe import preserved_rng
 from .report import InitReport
-from .restarts import restart_is_due, rewarm
+from .restarts import check_schedule, restart_is_due, rewarm
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +44,22 @@ class LoRAGACallback(TrainerCallback):
 
     def __init__(self, trainer: "LoRAGAMixin"):
         self.trainer = trainer
+        self.earlier_restarts = 0
+        """Those of an earlier call of `train`, whose steps count for themselves."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
             self.trainer.initialize_lora_ga()
+        if args.ga_restart_steps is not None:
+            due = state.global_step // args.ga_restart_steps
+            self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.restarts) - due)
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
-        if restart_is_due(args, state.global_step, len(self.trainer.model.lora_ga.restarts)):
+        made = len(self.trainer.model.lora_ga.restarts) - self.earlier_restarts
+        if restart_is_due(args, state.global_step, made):
             self.trainer.restart_lora_ga()
 
 
@@ -70,6 +77,7 @@ class LoRAGAMixin:
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         adapter_name = attach_lora_ga(self.model, self.args)
         if self.args.ga_restart_steps is not None:
+            check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))
             halves = delta_halves(delta_layers(self.model, adapter_name), adapter_name).values()
             restarted = {id(half.trainable) for half in halves}
             check_restart(
@@ -122,14 +130,17 @@ class LoRAGAMixin:
         """
         wanted = self.args.ga_num_samples
         mine = slice(rank(), None, world_size())
-        if isinstance(self.train_dataset, Dataset):
-            order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
-            drawn = order[:wanted].tolist()
-            examples = [self.train_dataset[index] for index in drawn[mine]]
-        else:
+        if isinstance(self.train_dataset, IterableDataset):
             shuffled = self.train_dataset.shuffle(seed=seed, buffer_size=max(wanted, SHUFFLE_BUFFER))
             drawn = list(shuffled.take(wanted))
             examples = drawn[mine]
+        elif isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # which cannot be shuffled
+            drawn = list(islice(self.train_dataset, wanted))
+            examples = drawn[mine]
+        else:
+            order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
+            drawn = order[:wanted].tolist()
+            examples = [self.train_dataset[index] for index in drawn[mine]]
         if len(drawn) < wanted and self.is_world_process_zero():
             logger.warning(
                 f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them."
@@ -160,7 +171,7 @@ class LoRAGAMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         is_new = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new and self.args.ga_restart_steps is not None:
+        if is_new and self.args.ga_restart_steps is not None and self.args.ga_restart_warmup_steps:
             rewarm(scheduler, self.args)
         return scheduler
 
@@ -185,6 +196,14 @@ class LoRAGAMixin:
             name = self.model.lora_ga.adapter_name
             self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
         return prepared
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history, and Trainer looks for no adapter
+        # in a folder of its own.
+        name = self.model.lora_ga.adapter_name
+        directory = adapter_directory(self.state.best_model_checkpoint, name)
+        self.model.load_adapter(directory, name, is_trainable=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
@@ -221,5 +240,5 @@ def check_not_empty(dataset: Any, problem: str) -> None:
     Raises:
         ValueError: it is empty.
     """
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    if isinstance(dataset, Sized) and len(dataset) == 0:
         raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")

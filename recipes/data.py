@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from lora_ga_trainer.evaluation.sources import check_columns, local_items
@@ -66,12 +66,14 @@ def load_rows(definition: DataDefinition, args: DataArguments, seed: int) -> Dat
         source, rows = args.dataset_name, load_dataset(args.dataset_name, split="train")
     else:
         source, rows = "The stand-in", definition.stand_in(args.train_size + args.eval_size, seed)
+        rows = rows.select(first_of_each(rows[definition.columns[0]]))  # their templates repeat
     check_columns(rows, definition.columns, source)
     for column in definition.columns:
-        dtype = rows.features[column].dtype
-        if dtype not in ("string", "large_string", "null"):
+        feature = rows.features[column]
+        if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
+            kind = feature.dtype if isinstance(feature, Value) else "nested values"
             raise ValueError(
-                f"The column {column!r} of {source} holds {dtype}, but must hold text. Convert it to strings."
+                f"The column {column!r} of {source} holds {kind}, but must hold text. Convert it to strings."
             )
     return rows
 
@@ -113,17 +115,24 @@ def prepare(
         rows = keep(rows, what, predicate)
     rows = rows.map(definition.to_prompt_completion, remove_columns=rows.column_names, desc="Making prompts")
     rows = keep(rows, "with something to complete", has_values, fn_kwargs={"columns": ("completion",)})
-    first = first_of_each(rows["prompt"])
-    tell(f"{len(first):,} with a prompt of its own ({len(rows) - len(first):,} dropped)", len(first))
-    rows = rows.select(first).shuffle(seed=seed)
+    rows = rows.shuffle(seed=seed)
     if max_length is not None:
         limits = {"tokenizer": tokenizer, "max_length": max_length}
         rows = keep(rows, f"of at most {max_length} tokens", fit, batched=True, fn_kwargs=limits)
 
-    held, end = args.eval_size, min(args.eval_size + args.train_size, len(rows))
-    tell(f"{held:,} held out, {end - held:,} to train on, {len(rows) - end:,} left over", max(end - held, 0))
+    held_out = rows.select(range(min(args.eval_size, len(rows))))
+    asked = set(held_out["prompt"])  # a question may come several times, with other answers
+    others = [index for index, prompt in enumerate(rows["prompt"]) if prompt not in asked]
+    tell(
+        f"{len(others):,} with other prompts than the {len(held_out):,} held out "
+        f"({len(rows) - len(held_out) - len(others):,} dropped)",
+        len(others),
+    )
+    train = rows.select(others[: args.train_size])
+    missing = f", fewer than the {args.train_size:,} asked for" if len(train) < args.train_size else ""
+    counts.append(f"{len(train):,} to train on{missing}, {len(others) - len(train):,} left over")
     PartialState().print("\n  ".join(counts))
-    return rows.select(range(held, end)), rows.select(range(held))
+    return train, held_out
 
 
 def has_values(row: Row, columns: tuple[str, ...]) -> bool:

@@ -35,6 +35,8 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
         seen.add_argument(*names)
     set_here = vars(seen.parse_known_args(argv)[0])
     config = Path(set_here.get("config", CONFIGS / f"{recipe.name}_demo.yaml"))
+    if not config.is_file():
+        raise ValueError(f"`config` is {config}, but there is no such file. The recipes' own are in {CONFIGS}.")
     if "config" not in set_here:
         argv = ["--config", str(config), *argv]
 
@@ -78,8 +80,9 @@ def evaluate(recipe: Recipe, options: Options, trainer: Trainer) -> tuple[str, P
     """Run the recipe's benchmark on the model in memory: (the benchmark's name, its folder, its results)."""
     benchmark, output_dir = recipe.benchmark.__name__.split(".")[-1], options.training.output_dir
     base, adapter = (options.model.model_name_or_path, output_dir) if options.model.use_peft else (output_dir, None)
+    revision = options.model.model_revision
     # the same settings, and so the same folder, as `python -m lora_ga_trainer.evaluation` gives the saved model
-    model = gather_objects(model_settings(base, adapter, options.model.dtype) if rank() == 0 else None)[0]
+    model = gather_objects(model_settings(base, revision, adapter, options.model.dtype) if rank() == 0 else None)[0]
     settings = evaluation_settings(model, options.evaluation)
     directory = open_evaluation(Path(output_dir, "evaluation"), benchmark, settings)
     results = recipe.benchmark.evaluate(trainer.model, trainer.processing_class, directory, options.evaluation)

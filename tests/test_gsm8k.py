@@ -1,5 +1,6 @@
 """Exact match on the number after `####`, and what all benchmarks share: resuming, batching, the command line."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -80,6 +81,24 @@ def test_evaluate_writes_every_prediction(problems, tokenizer, tmp_path):
         assert prediction["completion"] == tokenizer.decode(output, skip_special_tokens=True)
 
 
+def test_an_answer_ends_with_the_token_of_the_training_or_of_the_model(tokenizer):
+    """And is greedy, whatever the base model's own settings say."""
+    model, mine = tiny_model(), copy.deepcopy(tokenizer)
+    (plain,) = generate(model, mine, ["w1 w2"], 6)
+    model.generation_config.repetition_penalty = 3.0
+    assert generate(model, mine, ["w1 w2"], 6) == [plain]
+
+    words = plain.split()
+    end = next(index for index, word in enumerate(words) if index and word not in words[:index])
+    assert end < 5
+    mine.eos_token = words[end]
+    (text,) = generate(model, mine, ["w1 w2"], 6)
+    assert text.split() == words[: end + 1], "stopped there; the word itself is no special one to leave out"
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(words[end])
+    (text,) = generate(model, tokenizer, ["w1 w2"], 6)
+    assert text.split() == words[: end + 1]
+
+
 def test_the_mode_of_the_model_and_the_padding_side_come_out_as_they_were(tokenizer):
     model, side = tiny_model().train(), tokenizer.padding_side
     generate(model, tokenizer, ["w1 w2", "w3"], max_new_tokens=2)
@@ -142,6 +161,16 @@ def test_the_digest_is_that_of_the_weights(tmp_path):
     assert weights_digest(tmp_path / "a") != weights_digest(tmp_path / "b")
     with pytest.raises(ValueError, match="no .safetensors file"):
         weights_digest(tmp_path)
+
+
+def test_the_digest_knows_the_scaling_and_not_where_the_base_is(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    digests = []
+    for alpha, base in ((16, "a"), (16, "b"), (32, "a")):
+        config = {"lora_alpha": alpha, "base_model_name_or_path": base}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        digests.append(weights_digest(tmp_path))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import dense_reference
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -15,7 +15,7 @@ from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_g
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.estimation import language_model_loss
 from lora_ga_trainer.launches import Launch, check_restart
-from lora_ga_trainer.restarts import restart_is_due, rewarm
+from lora_ga_trainer.restarts import check_schedule, restart_is_due, rewarm
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
@@ -217,19 +217,36 @@ def test_restarts_draw_other_examples_and_keep_the_order_of_the_data(run):
     assert seen[0] != seen[1]
 
 
-def test_the_best_checkpoint_may_have_fewer_restarts(run, prompt_completion, sft_config, tokenizer, tmp_path):
-    trainer = run(save_strategy="steps", save_steps=2)
-    few, many = (str(tmp_path / f"run/checkpoint-{step}") for step in (2, 8))
-    after = logits(trainer.model)
-    trainer.model.load_adapter(few, "default", is_trainable=True)
-    assert trainer.model.lora_ga.restarts == []
-    assert all(
-        half.history is None
-        for layer in delta_layers(trainer.model, "default").values()
-        for half in layer.lora_A.values()
+@pytest.mark.parametrize("adapter_name", ["default", "mine"])
+def test_the_best_checkpoint_may_have_fewer_restarts(
+    adapter_name, sft_config, tokenizer, prompt_completion, base_model, tmp_path
+):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), lora_config(), adapter_name=adapter_name)
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "greater_is_better": True}  # the largest loss: that of the first checkpoint
+    trainer = LoRAGASFTTrainer(
+        model,
+        sft_config(**RESTARTS | options | best),
+        train_dataset=prompt_completion,
+        eval_dataset=prompt_completion.select(range(4)),
+        processing_class=tokenizer,
     )
-    trainer.model.load_adapter(many, "default", is_trainable=True)
-    assert torch.equal(logits(trainer.model), after)
+    trainer.train()
+    assert len(history(trainer, "ga/alignment_mean")) == 3
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2") and trainer.model.lora_ga.restarts == []
+    for layer in delta_layers(trainer.model, adapter_name).values():
+        assert layer.lora_A[adapter_name].history is None
+    folder = tmp_path / "run/checkpoint-2" / ("" if adapter_name == "default" else adapter_name)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), folder)
+    torch.testing.assert_close(logits(stock), logits(trainer.model), rtol=0, atol=2e-6)  # as above
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_a_second_call_of_train_restarts_as_the_first_did(run):
+    trainer = run()
+    first = history(trainer, "learning_rate")
+    trainer.train()
+    assert len(trainer.model.lora_ga.restarts) == 4 and history(trainer, "learning_rate") == first
 
 
 def test_when_a_restart_is_due():
@@ -248,6 +265,19 @@ def test_a_schedule_that_looks_at_the_loss_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     with pytest.raises(ValueError, match="ReduceLROnPlateau does not allow. Use a `lr_scheduler_type` that depends"):
         rewarm(get_scheduler("reduce_lr_on_plateau", optimizer), LoRAGAArguments(ga_restart_steps=3))
+
+
+def test_a_schedule_that_is_not_the_trainers_is_refused(sft_config, tokenizer, prompt_completion):
+    model, _ = peft_pair()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    mine = (optimizer, get_scheduler("constant", optimizer))
+    with pytest.raises(ValueError, match="schedule comes from `optimizers`.* or set `ga_restart_warmup_steps=0`"):
+        LoRAGASFTTrainer(
+            model, sft_config(**RESTARTS), train_dataset=prompt_completion, processing_class=tokenizer, optimizers=mine
+        )
+    check_schedule(LoRAGAArguments(ga_restart_steps=3, ga_restart_warmup_steps=0), mine[1], launch_has_one=True)
+    with pytest.raises(ValueError, match="comes from DeepSpeed's configuration"):
+        check_schedule(LoRAGAArguments(ga_restart_steps=3), None, launch_has_one=True)
 
 
 def test_what_zero_cannot_reset_is_refused():

@@ -5,6 +5,7 @@ import copy
 import dense_reference
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import lora_config, seq2seq_problems, sft_arguments, tiny_model, tiny_t5, word_tokenizer
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -193,6 +194,48 @@ def test_an_empty_training_set_is_refused(tmp_path, problems):
             data_collator=COLLATE,
             train_dataset=problems.select([]),
         )
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("kind", [Rows, list, Stream])
+def test_datasets_of_torch_are_taken(kind, problems, tmp_path):
+    args = LoRAGASeq2SeqConfig(**sft_arguments(tmp_path, max_steps=1, remove_unused_columns=False))
+    trainer = LoRAGASeq2SeqTrainer(tiny_t5(), args, data_collator=COLLATE, train_dataset=kind(problems.to_list()))
+    assert sum(len(batch["labels"]) for batch in trainer.sample_batches(0)) == 8
+    trainer.train()
+    assert trainer.lora_ga_report is not None
+
+
+def test_batches_without_a_label_count_for_nothing(make, problems):
+    """The second example has nothing to predict; alone in a batch its mean is no number."""
+    rows = problems.select(range(8)).to_list()
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    found = []
+    for size, steps in ((8, 1), (1, 8)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = make(tiny_t5(dropout_rate=0.0), **options, ga_batch_size=size)
+        trainer.train_dataset = Dataset.from_list(rows)
+        trainer.train()
+        found += losses(trainer)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # float32 sums in another order
 
 
 def test_label_smoothing_is_estimated_and_trained(make):

@@ -82,7 +82,7 @@ def read_state(directory: Path) -> LoRAGAState:
         launch = document["launch"] and Launch(**document["launch"])
         reports = {
             "report": InitReport(**document["report"]),
-            "restarts": [InitReport(**report) for report in document["restarts"]],
+            "restarts": [InitReport(**report) for report in document.get("restarts", [])],
         }
         return LoRAGAState(**document | reports | {"launch": launch})
     except (ValueError, KeyError, TypeError, AttributeError) as error:

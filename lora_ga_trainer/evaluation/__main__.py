@@ -30,6 +30,7 @@ class ModelArguments:
     base: str = field(
         metadata={"help": "The base model: a folder or a hub name. With no `adapter`, it is evaluated itself."}
     )
+    revision: str = field(default="main", metadata={"help": "Of the base model on the hub: a branch, tag or commit."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub name of a PEFT adapter for it."})
     dtype: str = field(default="auto", metadata={"help": "Of the base's weights: auto, float32, bfloat16 or float16."})
     output: str = field(
@@ -48,8 +49,9 @@ def main() -> None:
         # told so, because accelerate would take the processes of a launch on CPUs each for the only one
         state = PartialState(cpu=not torch.accelerator.is_available())
         benchmark.check(args)  # before the model, which may take minutes to load
-        model, tokenizer = load(model_args.base, model_args.adapter, model_args.dtype)
-        settings = evaluation_settings(model_settings(model_args.base, model_args.adapter, model_args.dtype), args)
+        model, tokenizer = load(model_args.base, model_args.revision, model_args.adapter, model_args.dtype)
+        asked = model_settings(model_args.base, model_args.revision, model_args.adapter, model_args.dtype)
+        settings = evaluation_settings(asked, args)
         directory = open_evaluation(Path(model_args.output), name, settings)
         results = benchmark.evaluate(model, tokenizer, directory, args)
     except (ValueError, ModuleNotFoundError) as error:

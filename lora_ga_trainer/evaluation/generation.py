@@ -46,6 +46,9 @@ def generate(
     was_training = model.training
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(compute_device(next(model.parameters())))
+    # An answer ends as a training example does, with the tokenizer's token, or as the base model's own answers do.
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     until = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     try:
         model.eval()
@@ -53,6 +56,8 @@ def generate(
             outputs = model.generate(
                 **inputs,
                 do_sample=False,
+                repetition_penalty=1.0,  # which some models' own settings have, and is not greedy
+                eos_token_id=sorted(ends),
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,

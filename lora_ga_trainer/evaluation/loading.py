@@ -18,7 +18,7 @@ from transformers import (
 from .results import weights_digest
 
 
-def load(base: str, adapter: str | None, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model in eval mode on this process's device, tokenizer), through stock transformers and PEFT.
 
     Raises:
@@ -27,9 +27,13 @@ def load(base: str, adapter: str | None, dtype: str) -> tuple[nn.Module, PreTrai
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
     try:
-        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(base).is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        kind = (
+            AutoModelForSeq2SeqLM
+            if AutoConfig.from_pretrained(base, revision=revision).is_encoder_decoder
+            else AutoModelForCausalLM
+        )
+        model = kind.from_pretrained(base, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     except OSError as error:
         raise ValueError(f"`base` is {base}, but no model can be loaded from there ({error}).") from error
     if adapter is not None:
@@ -42,7 +46,7 @@ def load(base: str, adapter: str | None, dtype: str) -> tuple[nn.Module, PreTrai
     return model.to(PartialState().device).eval(), tokenizer
 
 
-def model_settings(base: str, adapter: str | None, dtype: str) -> dict[str, Any]:
+def model_settings(base: str, revision: str, adapter: str | None, dtype: str) -> dict[str, Any]:
     """What tells one model from another: names, and for local folders what is in their weights."""
     folders = {"base": base, "adapter": adapter}
     digests = {
@@ -50,4 +54,4 @@ def model_settings(base: str, adapter: str | None, dtype: str) -> dict[str, Any]
         for role, folder in folders.items()
         if folder and Path(folder).is_dir()
     }
-    return folders | digests | {"dtype": dtype}
+    return folders | digests | {"revision": revision, "dtype": dtype}

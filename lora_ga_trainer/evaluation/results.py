@@ -19,12 +19,21 @@ from .arguments import EvaluationArguments
 
 
 def weights_digest(directory: Path) -> str:
-    """SHA-256 over the names and contents of the `.safetensors` files in `directory`.
+    """SHA-256 over the names and contents of the `.safetensors` files in `directory`, and what its configuration says of them.
 
     Raises:
         ValueError: there is none.
     """
     digest = hashlib.sha256()
+    for path in (directory / "adapter_config.json", directory / "config.json"):
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            known = {
+                name: value
+                for name, value in config.items()
+                if name not in ("base_model_name_or_path", "_name_or_path")
+            }
+            digest.update(json.dumps(known, sort_keys=True).encode())
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file, so it holds no weights. Check the path.")
