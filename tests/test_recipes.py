@@ -62,15 +62,18 @@ def test_selection_shuffle_and_split(math_rows, tmp_path, tokenizer, capsys):
     kept = {f"Q: {row['query']}\nA:": " " + row["response"].split("\nThe")[0] for row in math_rows}
     for row in [*train, *held_out]:
         assert row == {"prompt": row["prompt"], "completion": kept[row["prompt"]]}
+    times = [1 + (row in math_rows[:5]) for row in math_rows]  # a question may come twice, not on both sides
+    counts = dict(zip(kept, times, strict=True))
+    others = 65 - sum(counts[prompt] for prompt in set(held_out["prompt"]))
     said = capsys.readouterr().out
     assert said.splitlines() == [
         "Rows: 80 in the dataset",
         "  77 with a value in query, response, type (3 dropped)",
         "  67 with 'GSM' in type (10 dropped)",
         "  66 with something to complete (1 dropped)",
-        "  61 with a prompt of its own (5 dropped)",
-        "  60 of at most 40 tokens (1 dropped)",
-        "  10 held out, 40 to train on, 10 left over",
+        "  65 of at most 40 tokens (1 dropped)",
+        f"  {others} with other prompts than the 10 held out ({55 - others} dropped)",
+        f"  40 to train on, {others - 40} left over",
     ]
     again, _ = prepared("metamath", args, tokenizer, max_length=40)
     other, _ = prepared("metamath", args, tokenizer, max_length=40, seed=4)
@@ -207,7 +210,11 @@ def test_wrong_data_options(arguments, message, tokenizer):
     ("change", "sizes", "message"),
     [
         ({}, {"max_length": 3}, "0 of at most 3 tokens .60 dropped.*raise `max_length`"),
-        ({}, {"eval_size": 60}, "60 of at most 60 tokens.* 60 held out, 0 to train on.*lower `eval_size`"),
+        (
+            {},
+            {"eval_size": 60},
+            "60 of at most 60 tokens.*0 with other prompts than the 60 held out.*lower `eval_size`",
+        ),
         ({"query": None}, {}, "0 with a value in query, response .60 dropped"),
         ({"response": "\nThe answer is: 1"}, {}, "0 with something to complete .60 dropped"),
     ],
@@ -334,7 +341,12 @@ def test_a_run_on_two_processes(tmp_path):
 def test_a_run_as_a_program(tmp_path):
     run = launch(tmp_path, *options("metamath", tmp_path, disable_tqdm="false"))
     assert run.returncode == 0, run.stderr
-    for line in ("Rows: 60 in the dataset", "8 held out, 52 to train on", "Held-out loss: ", "Load it with stock PEFT"):
+    for line in (
+        "Rows: 60 in the dataset",
+        "52 with other prompts than the 8 held out (0 dropped)",
+        "Held-out loss: ",
+        "Load it with stock PEFT",
+    ):
         assert line in run.stdout
     assert "LoRA-GA gradient, pass 1/" in run.stderr and "LoRA-GA initialized 7 layers" in run.stderr
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
@@ -407,7 +419,7 @@ def test_the_benchmark_of_a_run(name, tmp_path, one_thread, capsys):
     assert f"{benchmark}: score {score} on 2 items. All of them are in" in capsys.readouterr().out
     (folder,) = (tmp_path / "out/evaluation").iterdir()
     settings = json.loads((folder / "settings.json").read_text())
-    assert model_settings(str(tmp_path / "model"), str(tmp_path / "out"), "float32").items() <= settings.items()
+    assert model_settings(str(tmp_path / "model"), "main", str(tmp_path / "out"), "float32").items() <= settings.items()
 
     results = json.loads((folder / "results.json").read_text())
     assert len(results["predictions"]) == 2
