@@ -23,7 +23,6 @@ from lora_ga_trainer import LoRAGASFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from data import load_rows, prepare
 from demo_model import demo_model_path
 from finetune import parse
 from metamath import RECIPE
@@ -35,14 +34,13 @@ RUNS = [("LoRA-GA", DEMO_RATE), ("LoRA", DEMO_RATE), ("LoRA", 1e-3), ("LoRA", 3e
 
 def held_out_losses(method: str, learning_rate: float) -> dict[str, float]:
     """One run of the demo; the held-out loss before and after."""
-    args, training_args, *_ = parse(RECIPE, ["--learning_rate", str(learning_rate)])
+    options = parse(RECIPE, ["--learning_rate", str(learning_rate)])
+    training_args = options.training
     if training_args.device.type == "cpu":
         torch.set_num_threads(os.cpu_count())
     path = demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    definition = RECIPE.definition(args)
-    rows = load_rows(definition, args, training_args.seed)
-    train, held_out = prepare(rows, definition, tokenizer, args, training_args.max_length, training_args.seed)
+    train, held_out = RECIPE.datasets(options, tokenizer)
     trainer_class = LoRAGASFTTrainer if method == "LoRA-GA" else SFTTrainer
     trainer = trainer_class(
         path,

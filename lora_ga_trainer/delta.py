@@ -201,10 +201,10 @@ def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tenso
     write_parameter(layer.lora_B[adapter_name].frozen, b_OR)
 
 
-def delta_halves(layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, DeltaHalf]:
-    """Both halves of every layer, by module name."""
+def delta_halves(model: nn.Module, adapter_name: str) -> dict[str, DeltaHalf]:
+    """Both halves of every layer in delta form, by module name."""
     halves = {}
-    for name, layer in layers.items():
+    for name, layer in delta_layers(model, adapter_name).items():
         halves[f"{name}.lora_A.{adapter_name}"] = layer.lora_A[adapter_name]
         halves[f"{name}.lora_B.{adapter_name}"] = layer.lora_B[adapter_name]
     return halves

@@ -174,7 +174,7 @@ def restart_lora_ga(
             "`initialize_lora_ga(...)` first."
         )
     report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=True)
-    halves = delta_halves(delta_layers(peft_model, state.adapter_name), state.adapter_name)
+    halves = delta_halves(peft_model, state.adapter_name)
     forget_optimizer_state(optimizer, [half.trainable for half in halves.values()])
     state.restarts.append(report)
     return report

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -25,20 +26,24 @@ def demo_model_path() -> str:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    cached = cache_folder() / "SmolLM2-135M-Instruct"
+    return made_once("SmolLM2-135M-Instruct", _dequantize)
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> str:
+    """The folder `name` of the cache, filled by `make` at the first call; a killed run leaves no half of it behind."""
+    cached = cache_folder() / name
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed, so that a killed run leaves no half model behind.
         partial = Path(tempfile.mkdtemp(dir=cached.parent))
         try:
-            _dequantize(partial)
-            rename_unless_there(partial, cached)
+            make(partial)
+            _rename_unless_there(partial, cached)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return str(cached)
 
 
-def rename_unless_there(partial: Path, cached: Path) -> None:
+def _rename_unless_there(partial: Path, cached: Path) -> None:
     try:
         partial.rename(cached)
     except OSError:

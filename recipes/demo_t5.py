@@ -1,11 +1,9 @@
 """The small encoder-decoder that the GLUE demo trains: a T5 with random weights, since there is none without a hub."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import cache_folder, rename_unless_there
+from demo_model import made_once
 from movie_phrases import movie_phrases
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -19,18 +17,13 @@ def demo_t5_path() -> str:
     Made at the first call and kept under `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. It knows
     nothing, so what it learns in the demo is what its adapter learns.
     """
-    cached = cache_folder() / "random-t5"
-    if not cached.is_dir():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cached.parent))
-        try:
-            tokenizer = word_tokenizer()
-            tokenizer.save_pretrained(partial)
-            random_t5(len(tokenizer)).save_pretrained(partial)
-            rename_unless_there(partial, cached)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return str(cached)
+    return made_once("random-t5", _make)
+
+
+def _make(folder: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(folder)
+    random_t5(len(tokenizer)).save_pretrained(folder)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

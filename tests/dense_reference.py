@@ -71,3 +71,21 @@ def token_mean_loss(logits_BTV, labels_BT, num_tokens):
             if target != -100:
                 total = total - log_probs[row, position - 1, target]
     return total / num_tokens
+
+
+def autograd_gradients(base, names, batches):
+    """By autograd on the weights of the untouched base model, in eval mode: no dropout, no probe, no PEFT."""
+    weights = {}
+    for name in names:
+        module = base.get_submodule(name.removeprefix("base_model.model."))
+        weights[name] = (module.weight, not isinstance(module, torch.nn.Linear))  # Conv1D stores I×O
+    num_tokens = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+    losses = [
+        token_mean_loss(
+            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+            batch["labels"],
+            num_tokens,
+        )
+        for batch in batches
+    ]
+    return weight_gradient(weights, losses)

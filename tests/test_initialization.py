@@ -4,7 +4,7 @@ import dense_reference
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
-from test_probe import autograd_gradients, checkpointed
+from test_probe import checkpointed
 from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
@@ -73,7 +73,7 @@ def test_factors_are_the_papers_on_autograds_gradient(family, direction, scale):
     config = LoRAGAArguments(ga_estimator="exact", ga_direction=direction, ga_scale=scale, ga_gamma=9.0)
     initialize_lora_ga(model, batches, config, disable_tqdm=True)
     layers = delta_layers(model, "default")
-    for name, grad_OI in autograd_gradients(base, layers, batches).items():
+    for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
         module = base.get_submodule(name.removeprefix("base_model.model."))
         weight_OI = module.weight if isinstance(module, nn.Linear) else module.weight.T
         c = dense_reference.scale(
@@ -159,7 +159,7 @@ def test_report_names_the_least_aligned_layer():
     batches = tiny_batches()
     report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
     layers = delta_layers(model, "default")
-    for name, grad_OI in autograd_gradients(base, layers, batches).items():
+    for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
         A, B = (getattr(layers[name], half)["default"].frozen for half in ("lora_A", "lora_B"))
         assert report.alignment[name] == pytest.approx(dense_reference.alignment(grad_OI, A, B), rel=1e-4)  # float32
     assert report.alignment[report.alignment_min_layer] == min(report.alignment.values()) == report.alignment_min

@@ -27,24 +27,6 @@ def estimated_gradients(model, batches, config=EXACT, compute_loss=language_mode
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
 
-def autograd_gradients(base, names, batches):
-    """By autograd on the weights of the untouched base model, in eval mode: no dropout, no probe, no PEFT."""
-    weights = {}
-    for name in names:
-        module = base.get_submodule(name.removeprefix("base_model.model."))
-        weights[name] = (module.weight, not isinstance(module, nn.Linear))  # Conv1D stores I×O
-    num_tokens = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
-    losses = [
-        dense_reference.token_mean_loss(
-            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-            batch["labels"],
-            num_tokens,
-        )
-        for batch in batches
-    ]
-    return dense_reference.weight_gradient(weights, losses)
-
-
 def largest_relative_error(found, reference):
     assert found.keys() == reference.keys()
     return max(((found[name] - reference[name]).norm() / reference[name].norm()).item() for name in reference)
@@ -63,7 +45,7 @@ def test_estimated_gradient_is_autograds(family, checkpointing):
     model, base = peft_pair(family)
     batches = tiny_batches((3, 5))
     found = estimated_gradients(checkpointed(model, checkpointing), batches)
-    reference = autograd_gradients(base, found, batches)
+    reference = dense_reference.autograd_gradients(base, found, batches)
     # float32 through two layers, summed in another order
     assert largest_relative_error(found, reference) < 1e-5
 

@@ -65,20 +65,8 @@ def test_a_restart_changes_no_function_and_writes_no_base(family):
 def test_the_factors_come_from_the_gradient_at_the_current_function():
     model, _, batches, optimizer = trained()
     merged = copy.deepcopy(model).merge_and_unload().eval()
-    names = {name: name.removeprefix("base_model.model.") for name in delta_layers(model, "default")}
-    weights = {name: (merged.get_submodule(inner).weight, False) for name, inner in names.items()}
-    for weight, _ in weights.values():
-        weight.requires_grad_(True)
-    num_items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
-    losses = [
-        dense_reference.token_mean_loss(
-            merged(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-            batch["labels"],
-            num_items,
-        )
-        for batch in batches
-    ]
-    gradients = dense_reference.weight_gradient(weights, losses)
+    merged.requires_grad_(True)
+    gradients = dense_reference.autograd_gradients(merged, delta_layers(model, "default"), batches)
 
     base_factors = {
         name: layer.lora_A["default"].frozen.clone() for name, layer in delta_layers(model, "default").items()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
-from ..delta import DeltaA, DeltaB, delta_halves, delta_layers
+from ..delta import DeltaA, DeltaB, delta_halves
 from .state import LoRAGAState, check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.safetensors"
@@ -202,7 +202,7 @@ def load_adapter(
     values = native_state_dict(load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE))
     for name, parameter in adapter_parameters(peft_model, adapter_name).items():
         write_parameter(parameter, values[name])
-    for name, half in delta_halves(delta_layers(peft_model, adapter_name), adapter_name).items():
+    for name, half in delta_halves(peft_model, adapter_name).items():
         history = values[f"{name.removesuffix(f'.{adapter_name}')}.history"]
         half.history = None if history is None else history.to(compute_device(half.trainable))
     peft_model.lora_ga.report, peft_model.lora_ga.restarts = saved.report, saved.restarts
@@ -237,7 +237,7 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
 def histories(peft_model: PeftModel) -> dict[str, Tensor]:
     """What restarts have frozen, on the CPU, under the names that `peft_model.state_dict()` would give it."""
     adapter_name = peft_model.lora_ga.adapter_name
-    halves = delta_halves(delta_layers(peft_model, adapter_name), adapter_name)
+    halves = delta_halves(peft_model, adapter_name)
     return {f"{name}.history": half.history.cpu() for name, half in halves.items() if half.history is not None}
 
 
