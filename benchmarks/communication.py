@@ -2,12 +2,11 @@
 
     python benchmarks/communication.py
 
-Per layer of shape O×I, in float32 (4 bytes), with K = 2r + 48 and 8 test columns in the first pass:
+Per layer of shape O×I, in float32 (4 bytes), with K = 2r + 32 and 8 test columns in the first pass:
 
     exact                  4·O·I
-    sketch, pass 1         4·(K + 8)·O
-    sketch, even passes    4·K·I
-    sketch, odd passes     4·K·O
+    sketch, pass 1         4·((K + 8)·O + K·I)
+    sketch, later passes   4·K·(O + I)
     factors, broadcast     4·(r·(O + I) + 1)
 
 A process puts S bytes (the sum over layers) into one flat all-reduce per pass. In a ring of N, every process sends and every
@@ -18,9 +17,9 @@ for byte.
 from dataclasses import dataclass
 
 RANK = 8
-SKETCH_WIDTH = 2 * RANK + 48
+SKETCH_WIDTH = 2 * RANK + 32
 TEST_COLUMNS = 8
-PASSES = 3
+PASSES = 2
 BYTES = 4
 PROCESSES = (8, 64, 512)
 
@@ -57,11 +56,8 @@ def exact_bytes(model: Model) -> list[int]:
 def sketch_bytes(model: Model, width: int = SKETCH_WIDTH, passes: int = PASSES) -> list[int]:
     """What a process puts into each all-reduce, pass by pass."""
     outs, ins = (sum(sizes) for sizes in zip(*model.shapes(), strict=True))
-    first = (width + TEST_COLUMNS) * outs
-    return [
-        BYTES * model.layers * (first if k == 1 else width * (ins if k % 2 == 0 else outs))
-        for k in range(1, passes + 1)
-    ]
+    each = BYTES * model.layers * width * (outs + ins)
+    return [each + BYTES * model.layers * TEST_COLUMNS * outs] + [each] * (passes - 1)
 
 
 def factor_bytes(model: Model, rank: int = RANK) -> int:

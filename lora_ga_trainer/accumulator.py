@@ -47,98 +47,104 @@ class ExactGradient:
 
 
 class GradientSketch:
-    """A rank-K sketch of G that never forms G: K·(O+I) numbers instead of O·I.
+    """A sketch of G that never forms G: 2·K·(O+I) numbers instead of O·I.
 
-    Pass 1 sums the range sketch Y = GΩ (O×K) for a Gaussian Ω. Every further pass over the same examples projects G on
-    an orthonormal basis of what the pass before it found, from alternating sides: Z = QᵀG (K×I) with Q = orth(Y), then
-    Y = GP (O×K) with P = orth(Zᵀ), and so on: block power iteration without ever holding G (Halko, Martinsson & Tropp
-    2011, algorithm 4.4). The last projection gives the triplets.
+    Every pass multiplies G from both sides at once and sums
 
-    With one pass only, Z = ΨᵀG is summed beside Y and G ≈ Q (ΨᵀQ)⁺ Z (Tropp, Yurtsever, Udell & Cevher 2017, "Practical
-    sketching algorithms", algorithm 4), where Q holds only the K/2 leading left singular vectors of Y: with all K the
-    least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99). For one
+        Y = G P  (O×K)        Z = Qᵀ G  (K×I)
+
+    P and Q are Gaussian in the first pass; after it they are orthonormal bases of what the pass before it found, P = orth(Zᵀ)
+    and Q = orth(Y): block power iteration on both sides (Halko, Martinsson & Tropp 2011, section 4.5). After the last pass
+
+        Ĝ = Q Z + Y Pᵀ − Q (QᵀY) Pᵀ = G − (I − QQᵀ) G (I − PPᵀ)
+
+    so that what is missed is what *both* bases miss, and it is orthogonal to Ĝ. On the gradients of SmolLM2-135M two such
+    passes align like three that multiply from one side each, as in Halko et al.'s algorithm 4.4.
+
+    After one pass only, P and Q know nothing of G, and G ≈ U (QᵀU)⁺ Z with a basis U of Y (Tropp, Yurtsever, Udell & Cevher
+    2017, "Practical sketching algorithms", algorithm 4). U holds only the K/2 leading left singular vectors of Y: with all K
+    the least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99). For one
     pass K should be at least twice the number of triplets wanted.
 
-    Ω and Ψ are drawn on the CPU from `seed`, so that every process and every device uses the same ones.
+    The Gaussian matrices are drawn on the CPU from `seed`, so that every process and every device uses the same ones.
 
     Args:
-        width: K, at most min(O, I).
+        width: K, at most half of min(O, I).
         passes: how often the examples stream by, at least 1.
-        seed: of Ω and Ψ; give each layer its own.
+        seed: of the Gaussian matrices; give each layer its own.
     """
 
     def __init__(self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device):
-        self.out_features, self.in_features, self.width = out_features, in_features, width
-        self.passes, self.passes_done = passes, 0
+        self.width, self.passes, self.passes_done = width, passes, 0
         self.seed, self.device = seed, device
-        # The side(s) on which this pass multiplies G, and the sums that come of it.
-        self.right_IK: Tensor | None = torch.cat([self._omega_IK(), self._held_out_IH()], dim=1)
-        self.range_OK: Tensor | None = self._zeros(out_features, width + HELD_OUT_COLUMNS)
-        self.left_OK: Tensor | None = self._psi_OK() if passes == 1 else None
-        self.corange_KI: Tensor | None = self._zeros(width, in_features) if passes == 1 else None
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, device=self.device)
+        self.left_OK = self._gaussian(out_features, width, stream=2)
+        # the test columns go along with the first P
+        self.right_IK = torch.cat([self._gaussian(in_features, width, stream=0), self._held_out_IH(in_features)], dim=1)
+        self._start_sums()
 
     def _gaussian(self, rows: int, columns: int, stream: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + stream)
         return torch.randn(rows, columns, generator=generator).to(self.device)
 
-    def _omega_IK(self) -> Tensor:
-        return self._gaussian(self.in_features, self.width, stream=0)
+    def _held_out_IH(self, in_features: int) -> Tensor:
+        return self._gaussian(in_features, HELD_OUT_COLUMNS, stream=1)
 
-    def _held_out_IH(self) -> Tensor:
-        return self._gaussian(self.in_features, HELD_OUT_COLUMNS, stream=1)
-
-    def _psi_OK(self) -> Tensor:
-        return self._gaussian(self.out_features, self.width, stream=2)
+    def _start_sums(self) -> None:
+        (O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape
+        self.range_OK = torch.zeros(O, columns, device=self.device)
+        self.corange_KI = torch.zeros(K, I, device=self.device)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
-        """Y += dyᵀ(xΩ) and Z += (dyΨ)ᵀx, whichever of the two this pass sums."""
-        if self.right_IK is not None:
-            self.range_OK.addmm_(dy_TO.T, x_TI @ self.right_IK)
-        if self.left_OK is not None:
-            self.corange_KI.addmm_((dy_TO @ self.left_OK).T, x_TI)
+        """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
+        self.range_OK.addmm_(dy_TO.T, x_TI @ self.right_IK)
+        self.corange_KI.addmm_((dy_TO @ self.left_OK).T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
-        return [total for total in (self.range_OK, self.corange_KI) if total is not None]
+        return [self.range_OK, self.corange_KI]
 
     def end_pass(self) -> None:
-        """Turn what this pass summed into the basis that the next pass projects on."""
+        """Turn what this pass summed into the bases that the next pass multiplies with."""
         self.passes_done += 1
         if self.passes_done == 1:
             self.held_out_OH = self.range_OK[:, self.width :].clone()
             self.range_OK = self.range_OK[:, : self.width].contiguous()
-        if self.passes_done == self.passes:
-            return
-        if self.right_IK is not None:
-            self.left_OK, self.right_IK = torch.linalg.qr(self.range_OK).Q, None
-            self.range_OK, self.corange_KI = None, self._zeros(self.width, self.in_features)
-        else:
-            self.right_IK, self.left_OK = torch.linalg.qr(self.corange_KI.T).Q, None
-            self.corange_KI, self.range_OK = None, self._zeros(self.out_features, self.width)
+            self.right_IK = self.right_IK[:, : self.width].contiguous()
+        if self.passes_done < self.passes:
+            self.left_OK, self.right_IK = torch.linalg.qr(self.range_OK).Q, torch.linalg.qr(self.corange_KI.T).Q
+            self._start_sums()
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
-        held_out_IH = self._held_out_IH()
+        held_out_IH = self._held_out_IH(self.right_IK.shape[0])
         if self.passes == 1:
             basis_OK = _svd_of_tall(self.range_OK)[0][:, : max(k, self.width // 2)]
             projected_KI = torch.linalg.lstsq(self.left_OK.T @ basis_OK, self.corange_KI).solution
             missed_OH = self.held_out_OH - basis_OK @ (projected_KI @ held_out_IH)
             v_IK, s_K, w_KK = _svd_of_tall(projected_KI.T)
             u_OK = basis_OK @ w_KK
-        elif self.right_IK is not None:  # odd number of passes: G ≈ (GP) Pᵀ
+        else:
             missed_OH = self.held_out_OH - self.range_OK @ (self.right_IK.T @ held_out_IH)
-            u_OK, s_K, w_KK = _svd_of_tall(self.range_OK)
-            v_IK = self.right_IK @ w_KK
-        else:  # even: G ≈ Q (QᵀG)
-            missed_OH = self.held_out_OH - self.left_OK @ (self.corange_KI @ held_out_IH)
-            v_IK, s_K, w_KK = _svd_of_tall(self.corange_KI.T)
-            u_OK = self.left_OK @ w_KK
+            missed_OH -= self.left_OK @ (self.left_OK.T @ missed_OH)
+            u_OK, s_K, v_IK = _svd_from_both_sides(self.left_OK, self.range_OK, self.right_IK, self.corange_KI)
         # ‖G‖² = what the projection holds + what it misses; E‖Mω‖² = ‖M‖² for a Gaussian ω.
         squared_norm = s_K.square().sum() + missed_OH.square().sum() / HELD_OUT_COLUMNS
-        return SingularTriplets(u_OK[:, :k], s_K[:k], v_IK[:, :k], squared_norm.sqrt().item())
+        # clone: a slice would keep all columns alive
+        return SingularTriplets(u_OK[:, :k].clone(), s_K[:k].clone(), v_IK[:, :k].clone(), squared_norm.sqrt().item())
+
+
+def _svd_from_both_sides(q_OK: Tensor, y_OK: Tensor, p_IK: Tensor, z_KI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V of Ĝ = Q Z + Y Pᵀ − Q (QᵀY) Pᵀ, of rank 2K.
+
+    With [Q, Y] = U₀ [R1, R2] and [P, Zᵀ] = V₀ [S1, S2] it is U₀ (R1 S2ᵀ + R2 S1ᵀ − R1 QᵀY S1ᵀ) V₀ᵀ, and only the 2K×2K matrix in
+    the middle needs an SVD.
+    """
+    K = q_OK.shape[1]
+    left, right = torch.linalg.qr(torch.cat([q_OK, y_OK], dim=1)), torch.linalg.qr(torch.cat([p_IK, z_KI.T], dim=1))
+    (r1, r2), (s1, s2) = left.R.split(K, dim=1), right.R.split(K, dim=1)
+    middle = r1 @ s2.T + (r2 - r1 @ (q_OK.T @ y_OK)) @ s1.T
+    u, s, vt = (part.to(q_OK.device) for part in torch.linalg.svd(middle.cpu()))  # small: costs the same on any device
+    return left.Q @ u, s, right.Q @ vt.T
 
 
 def _svd_of_tall(m_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

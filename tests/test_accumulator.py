@@ -69,7 +69,7 @@ def test_sketch_knows_its_own_alignment(passes):
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_the_norm_counts_what_the_basis_misses(passes):
-    """A flat spectrum, of which 24 directions of 96 hold less than half: ‖G‖ all the same, to 15 %.
+    """A flat spectrum, of which 12 directions of 96 hold less than half: ‖G‖ all the same, to 15 %.
 
     768 entries of held-out columns give the missed energy to √(2/768) = 5 %. One pass only guesses at the energy of its own
     basis, which on a flat spectrum is mostly noise: a factor 2.
@@ -77,11 +77,11 @@ def test_the_norm_counts_what_the_basis_misses(passes):
     generator = torch.Generator().manual_seed(5)
     x, dy = torch.randn(2000, I, generator=generator), torch.randn(2000, O, generator=generator)
     for seed in range(3):
-        triplets = run(GradientSketch(O, I, 24, passes, seed, CPU), x, dy, split=500).triplets(8 if passes == 1 else 24)
+        triplets = run(GradientSketch(O, I, 12, passes, seed, CPU), x, dy, split=500).triplets(6 if passes == 1 else 12)
         norm = torch.linalg.norm(dy.T @ x).item()
         assert triplets.gradient_norm == pytest.approx(norm, rel=0.15 if passes > 1 else 1.0)
         if passes > 1:
-            assert triplets.s_K.norm() < 0.75 * norm, "the held-out columns matter here"
+            assert triplets.s_K.norm() < 0.7 * norm, "the held-out columns matter here"
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -106,12 +106,12 @@ def test_sketch_does_not_depend_on_batching(passes):
 
 
 def test_sketch_keeps_no_more_than_it_says():
-    """K·(O+I) numbers and the held-out columns, in every pass."""
+    """2·K·(O+I) numbers and the held-out columns, in every pass."""
     width, held_out = 24, 8
     sketch = GradientSketch(O, I, width, 3, 0, CPU)
     for _ in range(3):
         held = sum(t.numel() for t in vars(sketch).values() if isinstance(t, torch.Tensor))
-        assert held <= width * (O + I) + held_out * (O + I)
+        assert held <= 2 * width * (O + I) + held_out * (O + I)
         sketch.add(torch.randn(5, I), torch.randn(5, O))
         sketch.end_pass()
 

@@ -14,7 +14,7 @@ DEFAULTS = {
     "ga_num_samples": 64,
     "ga_batch_size": None,
     "ga_estimator": "sketch",
-    "ga_sketch_passes": 3,
+    "ga_sketch_passes": 2,
     "ga_sketch_size": None,
     "ga_direction": "ArB2r",
     "ga_scale": "stable",
