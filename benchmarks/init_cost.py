@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from hardware import hardware_line
+from memory_environment import MALLOC
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -47,8 +48,6 @@ OURS = {
     "ours, exact": LoRAGAArguments(ga_estimator="exact"),
 }
 PEFTS = "PEFT preprocess_loraga"
-# By default malloc keeps freed blocks, which a peak of resident memory would count as in use (25 to 40 MiB here).
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384"}
 
 
 def smollm2(args):
