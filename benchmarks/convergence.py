@@ -4,9 +4,10 @@
     python benchmarks/convergence.py benchmarks/sweeps/cpu.yaml --share 1/2      # in one of two processes
     python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml           # the tables and plots of what is there
 
-A sweep is a YAML file: what all runs have in common, and grids. A grid is every combination of its lists; a run is a recipe with
-options, so any of them can be repeated as `accelerate launch recipes/RECIPE.py --OPTION VALUE …`. After the grids each method
-gets its best learning rate again with `best_seeds`. Finished runs are in `results/convergence.jsonl` and not made again.
+A sweep is a YAML file: what all runs have in common, and grids. A grid is every combination of its lists; a run is a recipe
+with options, so any of them can be repeated as `accelerate launch recipes/RECIPE.py --OPTION VALUE …`. After the grids each
+method gets its best learning rate again with `best_seeds`. Finished runs are in `results/convergence.jsonl` and not made
+again.
 """
 
 import gc
@@ -21,14 +22,14 @@ from typing import Any
 
 import torch
 import yaml
+from convergence_analysis import final_loss
 from results import Results
-from transformers import TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import peft_lora_ga  # noqa: F401 (adds PEFT's own LoRA-GA to the methods)
 from finetune import parse
-from transformers import AutoTokenizer
 
 RUNS = Results("convergence")
 
@@ -65,12 +66,6 @@ def grid_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 def arm_of(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What a run is an example of, whatever its learning rate and seed."""
     return tuple((name, value) for name, value in settings.items() if name not in ("learning_rate", "seed"))
-
-
-def final_loss(run: dict[str, Any]) -> float:
-    """Held-out loss after the last step; infinite where training diverged."""
-    loss = run["held_out"][-1]["loss"]
-    return math.inf if loss is None else loss
 
 
 def best_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
@@ -114,7 +109,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             if "eval_loss" in e
         ],
         "train_losses": [finite(entry["loss"]) for entry in log if "loss" in entry],
-        "init": next(({k: v for k, v in entry.items() if k.startswith("ga/")} for entry in log if "ga/init_seconds" in entry), {}),
+        "init": next(
+            ({k: v for k, v in entry.items() if k.startswith("ga/")} for entry in log if "ga/init_seconds" in entry), {}
+        ),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
     del trainer
@@ -130,7 +127,9 @@ def finite(value: float) -> float | None:
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="a YAML file; those at hand are in benchmarks/sweeps")
-    parser.add_argument("--share", default="1/1", help="i/n: make the i-th of every n runs, so that n processes make all")
+    parser.add_argument(
+        "--share", default="1/1", help="i/n: make the i-th of every n runs, so that n processes make all"
+    )
     args = parser.parse_args()
     share, shares = map(int, args.share.split("/"))
     sweep = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))

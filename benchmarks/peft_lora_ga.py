@@ -24,7 +24,7 @@ class PEFTLoRAGASFTTrainer(SFTTrainer):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=args.model_init_kwargs["dtype"])
         sample = train_dataset.shuffle(seed=args.ga_seed).select(range(args.ga_num_samples))
         # a trainer of its own prepares the sample as the real one will
-        stock = SFTTrainer(model, args, train_dataset=sample, processing_class=processing_class)
+        stock = SFTTrainer(model, args, train_dataset=sample, eval_dataset=sample, processing_class=processing_class)
         batches = list(stock.get_train_dataloader())
 
         def train_step() -> None:
@@ -35,13 +35,23 @@ class PEFTLoRAGASFTTrainer(SFTTrainer):
 
         preprocess_loraga(model, peft_config, train_step)
         super().__init__(
-            model, args, train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
+            model,
+            args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
         )
 
 
 def adapter(r: int, target_modules: list[str], **shared) -> LoraConfig:
     return LoraConfig(
-        r=r, use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules=TARGETS, **shared
+        r=r,
+        use_rslora=True,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+        target_modules=TARGETS,
+        **shared,
     )
 
 

@@ -1,0 +1,145 @@
+"""Tables and plots of what `convergence.py` has measured so far.
+
+    python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml
+
+For each task: the loss of every method at its own best learning rate, at the learning rates that people use, and how wide the
+range of rates is that come within 5 % of the best. The plots go to `plots/convergence_*.png` (needs the extra `plot`).
+"""
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import yaml
+from convergence import RUNS, arm_of, best_runs, grid_runs
+from convergence_analysis import Arm, final_loss, near_best, steps_to
+from results import markdown_table
+
+PLOTS = Path(__file__).parent / "plots"
+USUAL_RATES = (1e-4, 2e-4)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe & Ito
+MARKERS = "osD^vP*X"
+BASELINE = "lora"
+"""Whose final loss the others' steps are counted to."""
+
+
+def arms(sweep: dict[str, Any]) -> dict[str, list[Arm]]:
+    """By task, what has been measured of every arm of the sweep."""
+    found: dict[str, dict[tuple, list]] = {}
+    for settings in grid_runs(sweep) + best_runs(sweep):
+        run = RUNS.find(settings)
+        if run is not None:
+            task = f"{settings['recipe']}_r{settings['r']}"
+            runs = found.setdefault(task, {}).setdefault(arm_of(settings), [])
+            if run not in runs:
+                runs.append(run)
+    return {task: labelled(by_arm) for task, by_arm in found.items()}
+
+
+def labelled(by_arm: dict[tuple, list]) -> list[Arm]:
+    """Arms named by what tells them apart: the method, and options that differ between arms of the same method."""
+    options = [dict(arm) for arm in by_arm]
+    result = []
+    for arm, runs in zip(options, by_arm.values(), strict=True):
+        same = [other for other in options if other["method"] == arm["method"]]
+        differing = [name for name in arm if any(other.get(name) != arm[name] for other in same)]
+        result.append(Arm(" ".join([arm["method"], *(f"{name}={arm[name]}" for name in differing)]), runs))
+    return result
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else "diverged" if value == float("inf") else f"{value:.3f}"
+
+
+def table(task_arms: list[Arm]) -> str:
+    """One row an arm: the three numbers, and steps to the baseline's final loss."""
+    baseline = next((arm for arm in task_arms if arm.label == BASELINE), None)
+    rows = []
+    for arm in task_arms:
+        losses = arm.losses()
+        seeds = ", ".join(f"{number(loss)}" for loss in arm.seeds_at_best().values())
+        cells = [arm.label, f"{arm.best_rate:g}", seeds, *(number(losses.get(rate)) for rate in USUAL_RATES)]
+        cells.append(str(near_best(losses)) if len(losses) > 2 else "")
+        cells += ["" if baseline is None else speed(arm, baseline, None)]
+        cells += ["" if baseline is None else speed(arm, baseline, rate) for rate in USUAL_RATES]
+        rows.append(cells)
+    header = [
+        "method", "best lr", "loss there, by seed", *(f"at {rate:g}" for rate in USUAL_RATES), "decades of lr within 5 %",
+        "fewer steps, best to best", *(f"at {rate:g}" for rate in USUAL_RATES),
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def speed(arm: Arm, baseline: Arm, rate: float | None) -> str:
+    """How many times fewer steps than all of the baseline's the arm takes to the baseline's final loss, seed by seed."""
+    ratios = []
+    for theirs in baseline.at(rate or baseline.best_rate):
+        same_seed = [
+            run for run in arm.at(rate or arm.best_rate) if run["settings"]["seed"] == theirs["settings"]["seed"]
+        ]
+        for ours in same_seed:
+            steps = steps_to(ours, final_loss(theirs))
+            ratios.append("not reached" if steps is None else f"{theirs['held_out'][-1]['step'] / steps:.1f}×")
+    return ", ".join(ratios)
+
+
+def style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def plot(task: str, task_arms: list[Arm]) -> Path:
+    """Final loss against learning rate; held-out loss against steps and seconds at each arm's best rate, and at a usual one."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    by_rate, usual, steps, seconds = axes.flat
+    for index, arm in enumerate(task_arms):
+        look, losses = style(index), arm.losses()
+        rates = sorted(losses)
+        by_rate.plot(rates, [losses[rate] for rate in rates], label=arm.label, **look)
+        for axis, rate, along in (
+            (steps, arm.best_rate, "step"), (seconds, arm.best_rate, "seconds"), (usual, USUAL_RATES[-1], "step")
+        ):  # fmt: skip
+            for number, run in enumerate(arm.at(rate)):
+                curve = run["held_out"]
+                offset = run["init"].get("ga/init_seconds", 0.0) if along == "seconds" else 0
+                axis.plot(
+                    [offset + point[along] for point in curve],
+                    [point["loss"] for point in curve],
+                    label=f"{arm.label}, lr {rate:g}" if number == 0 else None,
+                    alpha=1 if number == 0 else 0.45,
+                    **look,
+                )
+    by_rate.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss after the last step, nats/token")
+    by_rate.set_title("Final loss by learning rate")
+    usual.set(xlabel="steps", ylabel="held-out loss, nats/token", title=f"At the learning rate {USUAL_RATES[-1]:g}")
+    steps.set(xlabel="steps", ylabel="held-out loss, nats/token", title="At each method's own best learning rate")
+    seconds.set(
+        xlabel="seconds of initialization and training steps", ylabel="held-out loss, nats/token",
+        title="The same, by the clock",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(task)
+    path = PLOTS / f"convergence_{task}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    args = parser.parse_args()
+    sweep = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
+    print(f"`python benchmarks/convergence.py {args.sweep}`\n")
+    for task, task_arms in arms(sweep).items():
+        print(
+            f"### {task}\n\n{table(task_arms)}\n\n![{task}]({plot(task, task_arms).relative_to(Path(__file__).parent)})\n"
+        )
+    print("; ".join(sorted({run["on"] for run in RUNS.runs()})))
+
+
+if __name__ == "__main__":
+    main()

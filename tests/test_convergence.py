@@ -1,0 +1,134 @@
+"""The convergence benchmark: what it reads from a learning-rate sweep, and a small real sweep from its command to its plot."""
+
+import math
+from pathlib import Path
+
+import convergence
+import convergence_report
+import pytest
+import yaml
+from convergence_analysis import Arm, near_best, steps_to
+from recipe_cases import options
+from results import Results
+
+
+def finished(rate, *losses, seed=1, **settings):
+    """A run with evaluations every 10 steps."""
+    return {
+        "settings": {"recipe": "metamath", "r": 8, "method": "lora", "learning_rate": rate, "seed": seed} | settings,
+        "held_out": [{"step": 10 * i, "seconds": float(i), "loss": loss} for i, loss in enumerate(losses)],
+        "init": {},
+        "on": "here",
+    }
+
+
+def test_the_range_is_interpolated_in_the_logarithm_of_the_rate():
+    found = near_best({1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}, tolerance=0.5)
+    assert found.low == pytest.approx(10**-3.5)
+    assert found.high == pytest.approx(10**-2.75)
+    assert found.decades == pytest.approx(0.75)
+    assert not found.open_low and not found.open_high
+
+
+def test_a_range_that_the_sweep_does_not_leave_is_open():
+    found = near_best({1e-4: 1.01, 1e-3: 1.0, 1e-2: 3.0})
+    assert found.open_low and not found.open_high
+    assert str(found).startswith("≥ ")
+
+
+def test_a_diverged_run_ends_the_range_at_the_last_rate_that_did_not():
+    found = near_best({1e-4: 2.0, 1e-3: 1.0, 1e-2: math.inf})
+    assert found.high == 1e-3 and not found.open_high
+
+
+def test_a_second_dip_beyond_a_worse_rate_is_not_in_the_range():
+    assert near_best({1e-4: 1.0, 1e-3: 9.0, 1e-2: 1.0, 1e-1: 0.99}).low > 1e-3
+
+
+def test_steps_to_a_loss_are_linear_between_evaluations():
+    run = finished(1e-3, 3.0, 2.0, 1.0)
+    assert steps_to(run, 1.5) == pytest.approx(15)
+    assert steps_to(run, 3.0) == 0
+    assert steps_to(run, 0.5) is None
+    assert steps_to(finished(1e-3, 3.0, None, 1.0), 1.0) == 20, "a diverged evaluation is not one to interpolate from"
+
+
+def test_other_seeds_do_not_choose_the_best_rate():
+    """They ran at one rate only, on other data."""
+    arm = Arm("lora", [finished(1e-3, 3, 2), finished(1e-2, 3, 1), finished(1e-2, 3, 1.4, seed=2)])
+    assert arm.losses() == {1e-3: 2, 1e-2: 1}
+    assert arm.seeds_at_best() == {1: 1, 2: 1.4}
+    assert arm.mean_at_best == pytest.approx(1.2)
+
+
+def test_a_grid_is_every_combination_of_its_lists():
+    sweep = {
+        "common": {"r": 8},
+        "grids": [{"method": ["lora", "full"], "learning_rate": [0.1, 0.2]}, {"method": "pissa"}],
+    }
+    runs = convergence.grid_runs(sweep)
+    assert runs[1] == {"r": 8, "method": "lora", "learning_rate": 0.2}
+    assert len(runs) == 5 and runs[-1] == {"r": 8, "method": "pissa"}
+
+
+def test_only_finished_arms_get_more_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence, "RUNS", Results("convergence", tmp_path))
+    sweep = {
+        "common": {"recipe": "metamath", "r": 8, "seed": 1},
+        "best_seeds": [2, 3],
+        "grids": [{"method": ["lora", "full"], "learning_rate": [1e-3, 1e-2]}],
+    }
+    for run in (finished(1e-3, 3, 2), finished(1e-2, 3, 1), finished(1e-3, 3, 2, method="full")):
+        convergence.RUNS.append(run)
+    extra = convergence.best_runs(sweep)
+    assert [(run["method"], run["learning_rate"], run["seed"]) for run in extra] == [
+        ("lora", 1e-2, 2),
+        ("lora", 1e-2, 3),
+    ]
+
+
+def test_arms_of_one_method_are_told_apart_by_what_differs():
+    arms = convergence_report.labelled(
+        {
+            (("method", "lora"), ("r", 8)): [],
+            (("method", "lora_ga"), ("r", 8), ("ga_gamma", 16)): [],
+            (("method", "lora_ga"), ("r", 8), ("ga_gamma", 64)): [],
+        }
+    )
+    assert [arm.label for arm in arms] == ["lora", "lora_ga ga_gamma=16", "lora_ga ga_gamma=64"]
+
+
+def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    flags = options("metamath", tmp_path, max_steps=4, max_length=60)
+    common = dict(zip([flag.removeprefix("--") for flag in flags[::2]], flags[1::2], strict=True))
+    del common["output_dir"], common["learning_rate"], common["r"]
+    sweep = {
+        "common": common | {"recipe": "metamath", "threads": 1, "r": 4, "seed": 1, "eval_steps": 2},
+        "best_seeds": [2],
+        "grids": [{"method": ["lora", "lora_ga", "peft_lora_ga"], "learning_rate": [0.001, 0.01]}],
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    monkeypatch.setattr(convergence, "RUNS", Results("convergence", tmp_path))
+    monkeypatch.setattr(convergence_report, "RUNS", convergence.RUNS)
+    monkeypatch.setattr(convergence_report, "PLOTS", tmp_path / "plots")
+    monkeypatch.chdir(tmp_path)
+    for share in ("1/2", "2/2", "1/1"):
+        monkeypatch.setattr("sys.argv", ["convergence.py", str(path), "--share", share])
+        convergence.main()
+    runs = convergence.RUNS.runs()
+    assert len(runs) == 9, "3 methods at 2 rates, and each again with another seed at its best"
+    for run in runs:
+        assert [point["step"] for point in run["held_out"]] == [0, 2, 4]
+        assert run["held_out"][-1]["loss"] < run["held_out"][0]["loss"], "it learned something"
+        assert ("ga/init_seconds" in run["init"]) == (run["settings"]["method"] == "lora_ga")
+    before = {run["held_out"][0]["loss"] for run in runs if run["settings"]["seed"] == 1}
+    assert max(before) - min(before) < 0.01, "the same held-out rows; PEFT's LoRA-GA alone rounds the base weights"
+
+    monkeypatch.setattr("sys.argv", ["convergence_report.py", str(path)])
+    monkeypatch.setattr(convergence_report, "__file__", str(tmp_path / "convergence_report.py"))
+    convergence_report.main()
+    out = capsys.readouterr().out
+    assert all(f"| {method} |" in out for method in ("lora", "lora_ga", "peft_lora_ga"))
+    assert Path(tmp_path, "plots/convergence_metamath_r4.png").stat().st_size > 10_000
