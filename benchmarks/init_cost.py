@@ -8,23 +8,19 @@ resting model, what of that an ordinary LoRA forward and backward on the same ba
 alignment cos(G, BBᵀG + GAᵀA) of the factors with the exact gradient G, which is computed once beforehand.
 """
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from pathlib import Path
 
 import torch
 from hardware import hardware_line
-from memory_environment import MALLOC
-from peft import LoraConfig, LoraGAConfig, get_peft_model
+from models import add_model_arguments, lora_config, make_model
+from peft import LoraGAConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
+from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
@@ -32,15 +28,7 @@ from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, l
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.memory import peak_memory
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from demo_model import demo_model_path
-from gsm_symbolic import gsm_symbolic
-from metamath import to_prompt_completion
-
 RANK = 8
-# All linear layers but the head, by name: PEFT's pre-pass finds no layer for "all-linear".
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS = {
     "ours, sketch, 1 pass": LoRAGAArguments(ga_sketch_passes=1),
     "ours, sketch, 2 passes": LoRAGAArguments(ga_sketch_passes=2),
@@ -48,59 +36,6 @@ OURS = {
     "ours, exact": LoRAGAArguments(ga_estimator="exact"),
 }
 PEFTS = "PEFT preprocess_loraga"
-
-
-def smollm2(args):
-    """The real model and real problems, prompts masked out."""
-    path = demo_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = gsm_symbolic(args.samples, seed=5).map(to_prompt_completion).to_list()
-    batches = []
-    for start in range(0, args.samples, args.batch_size):
-        chunk = rows[start : start + args.batch_size]
-        texts = [row["prompt"] + row["completion"] for row in chunk]
-        batch = dict(
-            tokenizer(
-                texts,
-                return_tensors="pt",
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=args.max_length,
-            )
-        )
-        batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
-        for labels, row in zip(batch["labels"], chunk, strict=True):
-            labels[: len(tokenizer(row["prompt"])["input_ids"])] = -100
-        batches.append(batch)
-    return AutoModelForCausalLM.from_pretrained(path, dtype="float32").to(args.device), batches
-
-
-def llama2_7b_shapes(args):
-    """Random weights in Llama-2-7B's layer shapes, random tokens; `--layers 32` is the whole model."""
-    set_seed(0)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_attention_heads=32,
-        num_hidden_layers=args.layers,
-        vocab_size=32000,
-    )
-    with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config)
-    tokens = torch.randint(0, 32000, (args.samples, args.max_length))
-    return model, [{"input_ids": ids, "labels": ids} for ids in tokens.split(args.batch_size)]
-
-
-MODELS = {"smollm2": smollm2, "llama2-7b-shapes": llama2_7b_shapes}
-
-
-def lora_config(**options):
-    return LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
-
-
-def on_device(batches, device):
-    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 
 def step(model, batches):
@@ -121,16 +56,15 @@ def warm_up(model, batch):
 def worker(variant, args):
     """One variant, measured; what it found goes to files in `args.work`."""
     device = torch.device(args.device)
-    model, batches = MODELS[args.model](args)
-    batches = on_device(batches, device)
+    model, batches = make_model(args, args.samples)
     measured = {}
     if variant == "LoRA step":  # the reference for "added": what training takes on the same batches
         warm_up(model, batches[0])
-        model = get_peft_model(model, lora_config()).train()
+        model = get_peft_model(model, lora_config(RANK)).train()
         with peak_memory(device) as peak:
             step(model, batches)
     elif variant == "gradient":
-        model = get_peft_model(model, lora_config())
+        model = get_peft_model(model, lora_config(RANK))
         config = OURS["ours, exact"]
         layers = delta_layers(model, attach_lora_ga(model, config))
         accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
@@ -142,14 +76,14 @@ def worker(variant, args):
     else:
         warm_up(model, batches[0])
         if variant == PEFTS:
-            config = lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+            config = lora_config(RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
             started = time.perf_counter()
             with peak_memory(device) as peak:
                 preprocess_loraga(model, config, lambda: step(model, batches))
                 model = get_peft_model(model, config)
             factor = "weight"
         else:
-            model = get_peft_model(model, lora_config())
+            model = get_peft_model(model, lora_config(RANK))
             started = time.perf_counter()
             with peak_memory(device) as peak:
                 initialize_lora_ga(model, batches, OURS[variant])
@@ -162,16 +96,7 @@ def worker(variant, args):
                     factors[f"{name}.{half}"] = getattr(getattr(layer, half)["default"], factor).detach().float().cpu()
         save_file({name: value.contiguous() for name, value in factors.items()}, f"{args.work}/factors.safetensors")
     measured["peak"] = peak.extra_bytes
-    Path(args.work, "measured.json").write_text(json.dumps(measured))
-
-
-def run(variant, arguments, work):
-    subprocess.run(
-        [sys.executable, __file__, *arguments, "--variant", variant, "--work", work],
-        env=os.environ | MALLOC,
-        check=True,
-    )
-    return json.loads(Path(work, "measured.json").read_text())
+    report(args.work, measured)
 
 
 def alignments(gradients, factors):
@@ -186,27 +111,22 @@ def alignments(gradients, factors):
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--layers", type=int, default=2, help="of llama2-7b-shapes")
+    add_model_arguments(parser, layers=2)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=128)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--variants", nargs="+", choices=[*OURS, PEFTS], default=[*OURS, PEFTS])
-    parser.add_argument("--variant", help="used by the benchmark itself, for its worker processes")
-    parser.add_argument("--work", help="used by the benchmark itself")
+    add_variant_arguments(parser)
     args = parser.parse_args()
     if args.variant:
         return worker(args.variant, args)
 
     mib = 2**20
     with tempfile.TemporaryDirectory() as work:
-        training = run("LoRA step", sys.argv[1:], work)["peak"]
-        full = run("gradient", sys.argv[1:], work)["gradient_bytes"]
+        training = run_variant("LoRA step", sys.argv[1:], work)["peak"]
+        full = run_variant("gradient", sys.argv[1:], work)["gradient_bytes"]
         gradients = load_file(f"{work}/gradient.safetensors")
         rows = []
         for variant in args.variants:
-            measured = run(variant, sys.argv[1:], work)
+            measured = run_variant(variant, sys.argv[1:], work)
             cos = alignments(gradients, load_file(f"{work}/factors.safetensors"))
             added = max(0, measured["peak"] - training)
             rows.append(

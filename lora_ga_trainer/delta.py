@@ -6,7 +6,8 @@ With the differences dA = A − A0 and dB = B − B0, which alone are trained, t
     y = W0 x + s·(dB (A0 + dA) + B0 dA) x = W0 x + s · [dB, B0] · [A0 + dA; dA] · x
 
 one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision. PEFT's layers only ever call
-`lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right.
+`lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right. The products
+themselves, and their gradients, are in `delta_product`.
 
 A restart freezes the rows and columns so far as `history` H behind a new pair, so that the rank grows by 2R each time:
 
@@ -19,11 +20,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .backends import compute_device, full_tensor, is_sharded, write_parameter
+from .delta_product import join_a, join_b, multiply_a, multiply_b
 
 
 class DeltaHalf(nn.Module):
@@ -57,10 +58,7 @@ class DeltaHalf(nn.Module):
 class DeltaA(DeltaHalf):
     """Takes the place of `lora_A`: weight [A0 + dA; dA] (2R×I), with dA = `trainable` and A0 = `frozen` (R×I)."""
 
-    @staticmethod
-    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
-        earlier = [] if history is None else [history.to(trainable.dtype)]
-        return torch.cat([frozen + trainable, trainable, *earlier], dim=0)
+    join = staticmethod(join_a)
 
     @staticmethod
     def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
@@ -69,7 +67,7 @@ class DeltaA(DeltaHalf):
         return trainable, history if len(history) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return multiply_a(x, self.trainable, self.frozen, self.history)
 
 
 class DeltaB(DeltaHalf):
@@ -82,10 +80,7 @@ class DeltaB(DeltaHalf):
         super().__init__(trainable)
         self.bias = bias
 
-    @staticmethod
-    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
-        earlier = [] if history is None else [history.to(trainable.dtype)]
-        return torch.cat([trainable, frozen, *earlier], dim=1)
+    join = staticmethod(join_b)
 
     @staticmethod
     def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -94,7 +89,8 @@ class DeltaB(DeltaHalf):
         return trainable, frozen, history if history.shape[1] else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        y = multiply_b(x, self.trainable, self.frozen, self.history)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
