@@ -1,25 +1,40 @@
-"""What an initialization costs and how good it is: ours against PEFT's own LoRA-GA, on the same samples.
+"""What an initialization costs and how good it is: ours against PEFT's own LoRA-GA, on the same samples, side by side.
 
     python benchmarks/init_cost.py --model smollm2
-    python benchmarks/init_cost.py --model llama2-7b-shapes --layers 2
+    python benchmarks/init_cost.py --model llama2-7b-shapes --layers 1
 
-Every variant runs in a process of its own, one after the other, and prints one row: seconds, peak memory above the
-resting model, what of that an ordinary LoRA forward and backward on the same batches does not take ("added"), and the
-alignment cos(G, BBᵀG + GAᵀA) of the factors with the exact gradient G, which is computed once beforehand.
+Every measurement is a process of its own.
+
+Seconds: from the loaded base model to the initialized adapter, wrapping included, in rounds in which the variants take turns,
+so that whatever else changes on the machine changes for all; the ratio to PEFT's is the median over rounds.
+Memory: the peak above the resting model, and what of it an ordinary LoRA forward and backward on the same batches does not
+take ("added"); in one more process, which gives freed memory back at once, and so is slower.
+Alignment: that of the factors with the exact gradient, cos(G, BBᵀG + GAᵀA), as a share of the best that any factors of rank r
+reach, √(σ₁² + … + σ₂ᵣ²) / ‖G‖; mean and minimum over the layers.
+
+Finished measurements are in `results/init_cost.jsonl` and not made again. Draws `plots/init_cost_MODEL.png` (needs the extra
+`plot`).
 """
 
+import statistics
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
-from hardware import hardware_line
-from models import add_model_arguments, lora_config, make_model
-from peft import LoraGAConfig, get_peft_model
+from hardware import device_name
+from models import Batches, add_model_arguments, lora_config, make_model
+from peft import LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
+from results import Results, markdown_table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
@@ -30,20 +45,22 @@ from lora_ga_trainer.memory import peak_memory
 
 RANK = 8
 OURS = {
-    "ours, sketch, 1 pass": LoRAGAArguments(ga_sketch_passes=1),
-    "ours, sketch, 2 passes": LoRAGAArguments(ga_sketch_passes=2),
-    "ours, sketch, 3 passes": LoRAGAArguments(ga_sketch_passes=3),
+    "ours, 1 pass": LoRAGAArguments(ga_sketch_passes=1),
+    "ours, 2 passes": LoRAGAArguments(),
+    "ours, 3 passes": LoRAGAArguments(ga_sketch_passes=3),
     "ours, exact": LoRAGAArguments(ga_estimator="exact"),
 }
 PEFTS = "PEFT preprocess_loraga"
+TRAINING, GRADIENT = "a LoRA step", "the exact gradient"
+PLOTS = Path(__file__).parent / "plots"
 
 
-def step(model, batches):
+def step(model: PreTrainedModel, batches: Batches) -> None:
     for batch in batches:
         model(**batch).loss.backward()
 
 
-def warm_up(model, batch):
+def warm_up(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     """Load the kernels and thread buffers that any first forward, backward or factorization would: they are no cost of
     an initialization, but resident memory would count them."""
     model.requires_grad_(False)
@@ -53,94 +70,196 @@ def warm_up(model, batch):
     model.requires_grad_(True)
 
 
-def worker(variant, args):
-    """One variant, measured; what it found goes to files in `args.work`."""
-    device = torch.device(args.device)
+def initialized(variant: str, model: PreTrainedModel, batches: Batches) -> tuple[PeftModel, str]:
+    """The model with its adapter, and the name of the tensors in it that hold the initial factors."""
+    if variant == PEFTS:
+        config = lora_config(RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+        preprocess_loraga(model, config, lambda: step(model, batches))
+        return get_peft_model(model, config), "weight"
+    peft_model = get_peft_model(model, lora_config(RANK))
+    initialize_lora_ga(peft_model, batches, OURS[variant], disable_tqdm=True)
+    return peft_model, "frozen"
+
+
+def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
     model, batches = make_model(args, args.samples)
-    measured = {}
-    if variant == "LoRA step":  # the reference for "added": what training takes on the same batches
-        warm_up(model, batches[0])
-        model = get_peft_model(model, lora_config(RANK)).train()
-        with peak_memory(device) as peak:
-            step(model, batches)
-    elif variant == "gradient":
-        model = get_peft_model(model, lora_config(RANK))
-        config = OURS["ours, exact"]
-        layers = delta_layers(model, attach_lora_ga(model, config))
-        accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-        num_items = count_label_tokens(model, batches)
-        with peak_memory(device) as peak:
-            estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items, disable_tqdm=False)
-        save_file({name: acc.grad_OI.cpu() for name, acc in accumulators.items()}, f"{args.work}/gradient.safetensors")
-        measured["gradient_bytes"] = sum(4 * acc.grad_OI.numel() for acc in accumulators.values())
-    else:
-        warm_up(model, batches[0])
-        if variant == PEFTS:
-            config = lora_config(RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-            started = time.perf_counter()
-            with peak_memory(device) as peak:
-                preprocess_loraga(model, config, lambda: step(model, batches))
-                model = get_peft_model(model, config)
-            factor = "weight"
-        else:
-            model = get_peft_model(model, lora_config(RANK))
-            started = time.perf_counter()
-            with peak_memory(device) as peak:
-                initialize_lora_ga(model, batches, OURS[variant])
-            factor = "frozen"
-        measured["seconds"] = time.perf_counter() - started
-        factors = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer):
-                for half in ("lora_A", "lora_B"):
-                    factors[f"{name}.{half}"] = getattr(getattr(layer, half)["default"], factor).detach().float().cpu()
-        save_file({name: value.contiguous() for name, value in factors.items()}, f"{args.work}/factors.safetensors")
-    measured["peak"] = peak.extra_bytes
-    report(args.work, measured)
+    warm_up(model, batches[0])
+    device = torch.device(args.device)
+    started = time.perf_counter()
+    with peak_memory(device) as peak:
+        model, part = initialized(variant, model, batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    shares = []
+    best = load_file(f"{args.work}/best.safetensors")
+    gradients = load_file(f"{args.work}/gradient.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            A, B = (getattr(half["default"], part).detach().float().cpu() for half in (layer.lora_A, layer.lora_B))
+            shares.append(alignment(gradients[name], A, B) / best[name].item())
+    return {
+        "seconds": seconds,
+        "peak": peak.extra_bytes,
+        "alignment_mean": statistics.mean(shares),
+        "alignment_min": min(shares),
+    }
 
 
-def alignments(gradients, factors):
-    """cos(G, B Bᵀ G + G Aᵀ A) per layer."""
-    found = []
+def alignment(G: Tensor, A: Tensor, B: Tensor) -> float:
+    """cos(G, B Bᵀ G + G Aᵀ A)."""
+    first_step = B @ (B.T @ G) + (G @ A.T) @ A
+    return ((G * first_step).sum() / (G.norm() * first_step.norm())).item()
+
+
+def measure_training(args: Namespace) -> dict[str, Any]:
+    """What LoRA training takes on the same batches: the reference for "added"."""
+    model, batches = make_model(args, args.samples)
+    warm_up(model, batches[0])
+    model = get_peft_model(model, lora_config(RANK)).train()
+    with peak_memory(torch.device(args.device)) as peak:
+        step(model, batches)
+    return {"peak": peak.extra_bytes}
+
+
+def measure_gradient(args: Namespace) -> dict[str, Any]:
+    """The exact gradient of every layer and its best alignment at this rank, into files of `args.work`."""
+    model, batches = make_model(args, args.samples)
+    model = get_peft_model(model, lora_config(RANK))
+    config = OURS["ours, exact"]
+    layers = delta_layers(model, attach_lora_ga(model, config))
+    accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
+    num_items = count_label_tokens(model, batches)
+    estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
+    gradients = {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
+    best = {}
     for name, G in gradients.items():
-        A, B = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
-        first_step = B @ (B.T @ G) + (G @ A.T) @ A
-        found.append(((G * first_step).sum() / (G.norm() * first_step.norm())).item())
-    return torch.tensor(found)
+        best[name] = torch.linalg.svdvals(G)[: 2 * RANK].norm() / G.norm()
+    save_file({name: G.cpu() for name, G in gradients.items()}, f"{args.work}/gradient.safetensors")
+    save_file({name: value.cpu() for name, value in best.items()}, f"{args.work}/best.safetensors")
+    return {"layers": len(gradients), "bytes": sum(4 * G.numel() for G in gradients.values())}
+
+
+def measure_all(args: Namespace, results: Results) -> dict[str, dict[str, Any]]:
+    """Whatever is missing, then: by variant its rounds, and the references."""
+    names = ("model", "samples", "batch_size", "max_length")
+    settings = {name: getattr(args, name) for name in names} | {"r": RANK, "hardware": device_name()}
+    settings |= {} if args.model == "smollm2" else {"layers": args.layers}
+    wanted = [("memory", {"variant": variant, "round": "memory"}) for variant in (TRAINING, *args.variants)]
+    wanted += [("time", {"variant": v, "round": number}) for number in range(args.rounds) for v in args.variants]
+    gradient = results.find(settings | {"variant": GRADIENT})
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as work:
+
+        def measure(variant: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+            keywords = {} if environment is None else {"environment": environment}
+            return run_variant(variant, sys.argv[1:], work, **keywords)
+
+        if gradient is None or any(results.find(settings | key) is None for _, key in wanted):
+            fresh = measure(GRADIENT)  # its files are needed for every alignment
+            gradient = results.measure(settings | {"variant": GRADIENT}, lambda: fresh)
+        for kind, key in wanted:
+            environment = {} if kind == "time" else None
+            run = results.measure(settings | key, lambda key=key, env=environment: measure(key["variant"], env))
+            found.setdefault(key["variant"], {})[key["round"]] = run
+    return found | {GRADIENT: gradient}
+
+
+def summary(found: dict[str, dict[str, Any]], variants: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """The numbers of every row: medians over rounds, ratios within a round."""
+    full, training = found[GRADIENT]["bytes"], found[TRAINING]["memory"]["peak"]
+    rows = {}
+    for variant in variants:
+        seconds = [found[variant][number]["seconds"] for number in range(rounds)]
+        memory = found[variant]["memory"]
+        rows[variant] = {
+            "seconds": statistics.median(seconds),
+            "peak": memory["peak"],
+            "added": max(0, memory["peak"] - training),
+            "added_share": max(0, memory["peak"] - training) / full,
+            "alignment_mean": memory["alignment_mean"],
+            "alignment_min": memory["alignment_min"],
+        }
+        if PEFTS in variants:
+            theirs = [found[PEFTS][number]["seconds"] for number in range(rounds)]
+            rows[variant]["ratio"] = statistics.median(a / b for a, b in zip(seconds, theirs, strict=True))
+    return rows
+
+
+def plot(rows: dict[str, dict[str, float]], path: Path, title: str) -> None:
+    """Bars: seconds, added memory, alignment."""
+    panels = {
+        "seconds": ("seconds (median)", 1, "{:.1f}"),
+        "added_share": ("memory added to a LoRA step's,\n% of the float32 gradients", 100, "{:.1f} %"),
+        "alignment_mean": ("alignment, share of the best possible\n(mean over layers; | minimum)", 1, "{:.4f}"),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(12, 0.5 * len(rows) + 2), layout="constrained", sharey=True)
+    names = list(rows)[::-1]
+    colours = ["#D55E00" if name == PEFTS else "#0072B2" for name in names]  # Okabe & Ito
+    for axis, (key, (label, factor, text)) in zip(axes, panels.items(), strict=True):
+        values = [factor * rows[name][key] for name in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [text.format(value) for value in values], padding=3)
+        axis.set_xlabel(label)
+        axis.margins(x=0.25)
+    axes[2].plot([rows[name]["alignment_min"] for name in names], names, "|", color="black", markersize=14)
+    axes[2].set_xlim(min(row["alignment_min"] for row in rows.values()) - 0.02, 1.03)
+    figure.suptitle(title)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser, layers=2)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=[*OURS, PEFTS], default=[*OURS, PEFTS])
     add_variant_arguments(parser)
     args = parser.parse_args()
     if args.variant:
-        return worker(args.variant, args)
+        workers = {TRAINING: measure_training, GRADIENT: measure_gradient}
+        worker = workers.get(args.variant, lambda args: measure_variant(args.variant, args))
+        return report(args.work, worker(args))
 
+    found = measure_all(args, Results("init_cost"))
+    rows = summary(found, args.variants, args.rounds)
     mib = 2**20
-    with tempfile.TemporaryDirectory() as work:
-        training = run_variant("LoRA step", sys.argv[1:], work)["peak"]
-        full = run_variant("gradient", sys.argv[1:], work)["gradient_bytes"]
-        gradients = load_file(f"{work}/gradient.safetensors")
-        rows = []
-        for variant in args.variants:
-            measured = run_variant(variant, sys.argv[1:], work)
-            cos = alignments(gradients, load_file(f"{work}/factors.safetensors"))
-            added = max(0, measured["peak"] - training)
-            rows.append(
-                f"| {variant} | {measured['seconds']:.1f} | {measured['peak'] / mib:,.0f} | {added / mib:,.0f} | "
-                f"{added / full:.1%} | {cos.mean():.4f} | {cos.min():.4f} |"
-            )
-    print(f"\n`python benchmarks/init_cost.py {' '.join(sys.argv[1:])}` ({hardware_line()})\n")
+    gradient = found[GRADIENT]
+    print(f"\n`python benchmarks/init_cost.py {' '.join(sys.argv[1:])}` ({gradient['on']})\n")
     print(
-        f"{len(gradients)} layers, r = {RANK}, {args.samples} samples in batches of {args.batch_size}. The full float32 "
-        f"gradients take {full / mib:,.0f} MiB; a LoRA forward and backward peaks {training / mib:,.0f} MiB above the model.\n"
+        f"{gradient['layers']} layers, r = {RANK}, {args.samples} samples in batches of {args.batch_size}, {args.rounds} "
+        f"rounds. The full float32 gradients take {gradient['bytes'] / mib:,.0f} MiB; a LoRA forward and backward peaks "
+        f"{found[TRAINING]['memory']['peak'] / mib:,.0f} MiB above the model.\n"
     )
-    print("| initialization | seconds | peak, MiB | added, MiB | added / gradients | alignment mean | min |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    header = [
+        "initialization",
+        "seconds",
+        "/ PEFT's",
+        "peak, MiB",
+        "added, MiB",
+        "added / gradients",
+        "alignment",
+        "min",
+    ]
+    cells = [
+        [
+            variant,
+            f"{row['seconds']:.1f}",
+            f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['peak'] / mib:,.0f}",
+            f"{row['added'] / mib:,.0f}",
+            f"{row['added_share']:.1%}",
+            f"{row['alignment_mean']:.4f}",
+            f"{row['alignment_min']:.4f}",
+        ]
+        for variant, row in rows.items()
+    ]
+    print(markdown_table(header, cells))
+    path = PLOTS / f"init_cost_{args.model}.png"
+    plot(rows, path, f"{args.model}: {args.samples} samples, r = {RANK}")
+    print(f"\n![what an initialization costs on {args.model}]({path.relative_to(path.parents[1])})")
 
 
 if __name__ == "__main__":
