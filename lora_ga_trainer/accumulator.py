@@ -136,8 +136,8 @@ class GradientSketch:
 def _svd_from_both_sides(q_OK: Tensor, y_OK: Tensor, p_IK: Tensor, z_KI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, s, V of Ĝ = Q Z + Y Pᵀ − Q (QᵀY) Pᵀ, of rank 2K.
 
-    With [Q, Y] = U₀ [R1, R2] and [P, Zᵀ] = V₀ [S1, S2] it is U₀ (R1 S2ᵀ + R2 S1ᵀ − R1 QᵀY S1ᵀ) V₀ᵀ, and only the 2K×2K matrix in
-    the middle needs an SVD.
+    With [Q, Y] = U₀ [R1, R2] and [P, Zᵀ] = V₀ [S1, S2] it is U₀ (R1 S2ᵀ + R2 S1ᵀ − R1 QᵀY S1ᵀ) V₀ᵀ, and only the 2K×2K matrix
+    in the middle needs an SVD.
     """
     K = q_OK.shape[1]
     left, right = torch.linalg.qr(torch.cat([q_OK, y_OK], dim=1)), torch.linalg.qr(torch.cat([p_IK, z_KI.T], dim=1))

@@ -148,14 +148,23 @@ def estimate_gradients(
                     backward(loss * (weight * loss_scale))
                     progress.update()
             raise_on_all(problem)
-            sums = [total for accumulator in summing.values() for total in accumulator.sums()]
-            bytes_of_passes.append(sum_over_processes(sums))
-            for total in sums:
-                total.div_(loss_scale)
-            _check_gradients(summing)
+            bytes_of_passes.append(_finish_sums(summing, loss_scale))
             for accumulator in summing.values():
                 accumulator.end_pass()
     return bytes_of_passes
+
+
+def _finish_sums(accumulators: dict[str, Accumulator], loss_scale: float) -> int:
+    """Sum a pass over processes, undo the loss scale, and look at what came of it; returns the bytes all-reduced.
+
+    No reference to the sums may outlive it: the next pass makes its own, and there is memory for one set.
+    """
+    sums = [total for accumulator in accumulators.values() for total in accumulator.sums()]
+    all_reduced_bytes = sum_over_processes(sums)
+    for total in sums:
+        total.div_(loss_scale)
+    _check_gradients(accumulators)
+    return all_reduced_bytes
 
 
 def even_batches(batches: list[dict[str, Tensor]]) -> list[tuple[dict[str, Tensor], float]]:

@@ -1,5 +1,7 @@
 """`initialize_lora_ga`: invariants 1, 2, 3 and 8, and every way it can be misused."""
 
+import weakref
+
 import dense_reference
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.accumulator import GradientSketch
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.estimation import estimate_gradients, language_model_loss, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
@@ -335,3 +338,26 @@ def test_config_of_another_kind():
     model, _ = peft_pair()
     with pytest.raises(ValueError, match="LoraConfig, but must hold the `ga_\\*` options"):
         initialize_lora_ga(model, tiny_batches(), lora_config())
+
+
+def test_the_sums_of_a_pass_are_gone_before_the_next(monkeypatch):
+    """The sketch's memory is that of one pass: nothing keeps the tensors that the pass before has summed."""
+    model, _ = peft_pair()
+    of_first_pass, alive_in_second = [], []
+    add, end_pass = GradientSketch.add, GradientSketch.end_pass
+
+    def watched_add(sketch, x, dy):
+        if sketch.passes_done == 1:
+            alive_in_second.append(sum(reference() is not None for reference in of_first_pass))
+        add(sketch, x, dy)
+
+    def watched_end_pass(sketch):
+        if sketch.passes_done == 0:
+            of_first_pass.extend(weakref.ref(total) for total in sketch.sums())
+        end_pass(sketch)
+
+    monkeypatch.setattr(GradientSketch, "add", watched_add)
+    monkeypatch.setattr(GradientSketch, "end_pass", watched_end_pass)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_sketch_size=10), disable_tqdm=True)
+    assert of_first_pass and alive_in_second
+    assert not any(alive_in_second)
