@@ -21,8 +21,9 @@ class LoRAGAArguments:
         ga_num_samples (`int`, *optional*, defaults to `64`):
             How many training examples the gradient is averaged over.
         ga_batch_size (`int`, *optional*):
-            Examples per forward and backward while estimating. Defaults to the training batch size per device. Changes
-            speed and memory only: the gradient is the token-weighted mean however the examples are batched.
+            Examples per forward and backward while estimating. Defaults to half of the training batch size per device, so
+            that the estimation peaks below training. Changes speed and memory only: the gradient is the token-weighted mean
+            however the examples are batched.
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
             small that the sketch would be the larger of the two is always estimated exactly.)
@@ -59,7 +60,7 @@ class LoRAGAArguments:
     )
     ga_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Examples per forward and backward while estimating. Default: the training batch size."},
+        metadata={"help": "Examples per forward and backward while estimating. Default: half the training batch size."},
     )
     ga_estimator: str = field(
         default="sketch",
@@ -101,7 +102,7 @@ class LoRAGAArguments:
     def __post_init__(self):
         self._check_integer("ga_num_samples", minimum=1, remedy="64 is the default, 16 a quick start")
         self._check_integer(
-            "ga_batch_size", minimum=1, optional=True, remedy="leave it out to use the training batch size"
+            "ga_batch_size", minimum=1, optional=True, remedy="leave it out to use half the training batch size"
         )
         self._check_integer("ga_sketch_passes", minimum=1, remedy="2 is the default, 1 the fastest")
         self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 32")

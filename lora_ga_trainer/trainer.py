@@ -145,7 +145,9 @@ class LoRAGAMixin:
                 f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
-        size = self.args.ga_batch_size or self._train_batch_size  # which `auto_find_batch_size` lowers
+        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch, so
+        # that a run that fits into memory is not stopped by its initialization.
+        size = self.args.ga_batch_size or max(1, self._train_batch_size // 2)
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:

@@ -1,5 +1,7 @@
 """What only a real model can show: SmolLM2-135M-Instruct on word problems. The slowest file: a minute and a half on 2 cores."""
 
+from statistics import mean
+
 import dense_reference
 import pytest
 import torch
@@ -51,26 +53,34 @@ def logits(model, batch):
         return model.eval()(**inputs).logits.float()[batch["labels"] != -100]
 
 
-def test_three_passes_reach_0_999_of_the_exact_alignment(path, batches):
+def test_how_much_of_the_exact_alignment_the_sketch_reaches(path, batches):
+    """Two passes, the default: 0.999 in the mean over layers, and no layer under 0.99. Three: 0.999 in every layer."""
     model = peft_model(path)
     alignment, grads = {}, {}
-    for config in (LoRAGAArguments(ga_estimator="exact"), LoRAGAArguments()):
+    configs = {
+        "exact": LoRAGAArguments(ga_estimator="exact"),
+        "two passes": LoRAGAArguments(),
+        "three passes": LoRAGAArguments(ga_sketch_passes=3),
+    }
+    for kind, config in configs.items():
         layers = delta_layers(model, attach_lora_ga(model, config))
         accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
         num_items = count_label_tokens(model, batches)
         estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
-        if config.ga_estimator == "exact":
+        if kind == "exact":
             grads = {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
         factors = {name: factor_gradient(name, layers[name], accumulators[name], "default", config) for name in layers}
         # against the exact gradient, also for the sketch
-        alignment[config.ga_estimator] = {
+        alignment[kind] = {
             name: dense_reference.alignment(grads[name], factors[name].a_RI, factors[name].b_OR) for name in layers
         }
         for name in layers:  # what is logged is near what is true: ‖G‖ of the sketch is an estimate
-            assert factors[name].alignment == pytest.approx(alignment[config.ga_estimator][name], rel=0.01)
-    ratios = [alignment["sketch"][name] / alignment["exact"][name] for name in alignment["exact"]]
-    assert len(ratios) == 210
-    assert min(ratios) >= 0.999
+            assert factors[name].alignment == pytest.approx(alignment[kind][name], rel=0.01)
+    ratios = {kind: [alignment[kind][name] / exact for name, exact in alignment["exact"].items()] for kind in configs}
+    assert len(ratios["exact"]) == 210
+    assert mean(ratios["two passes"]) >= 0.999
+    assert min(ratios["two passes"]) >= 0.99
+    assert min(ratios["three passes"]) >= 0.999
 
 
 def test_bf16_logits_after_the_init_are_the_base_models_bit_for_bit(path, batches):

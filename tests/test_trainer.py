@@ -139,8 +139,10 @@ def test_only_prompts_of_the_sample_are_masked_and_seeds_draw_it(make_trainer):
     assert rows(trainer) != rows(make_trainer(ga_num_samples=8, ga_batch_size=3, ga_seed=7))
 
 
-def test_batch_size_defaults_to_the_training_batch(make_trainer):
-    assert [len(b["labels"]) for b in make_trainer(per_device_train_batch_size=2).sample_batches(42)] == [2, 2, 2, 2]
+@pytest.mark.parametrize(("training", "sizes"), [(4, [2, 2, 2, 2]), (3, [1] * 8), (1, [1] * 8)])
+def test_batch_size_defaults_to_half_the_training_batch(make_trainer, training, sizes):
+    trainer = make_trainer(per_device_train_batch_size=training)
+    assert [len(batch["labels"]) for batch in trainer.sample_batches(42)] == sizes
 
 
 def test_estimation_loss_is_the_training_loss(make_trainer):
