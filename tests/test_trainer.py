@@ -374,7 +374,7 @@ def test_prompts_longer_than_max_length(make_trainer, prompt_completion):
 def test_all_masked_examples(make_trainer):
     masked = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8)
     trainer = make_trainer(train_dataset=masked, dataset_kwargs={"skip_prepare_dataset": True})
-    with pytest.raises(ValueError, match="All labels of the 2 batches for LoRA-GA are −100"):
+    with pytest.raises(ValueError, match="All labels of the 4 batches for LoRA-GA are −100"):
         trainer.train()
 
 
