@@ -22,7 +22,8 @@ The relative standard error of the missed energy is at most √(2/8) = 50 %, and
 class TokenEnergy:
     """How the gradients of single tokens, g = dy xᵀ (O×I), lie along directions on either side.
 
-    G = Σ g cancels much of what its terms hold; they tell how sensitive the loss is along a direction. For orthonormal V (I×K) and U (O×K) it sums over tokens
+    G = Σ g cancels much of what its terms hold; they tell how sensitive the loss is along a direction. For orthonormal V (I×K)
+    and U (O×K) it sums over tokens
 
         right_KK = Σ ‖dy‖² (Vᵀx)(Vᵀx)ᵀ = Σ (gV)ᵀ(gV)        left_KK = Σ ‖x‖² (Uᵀdy)(Uᵀdy)ᵀ        total = Σ ‖g‖²
     """
