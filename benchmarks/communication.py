@@ -6,7 +6,7 @@ Per layer of shape O×I, in float32 (4 bytes), with K = 2r + 32 and 8 test colum
 
     exact                  4·O·I
     sketch, pass 1         4·((K + 8)·O + K·I)
-    sketch, later passes   4·K·(O + I)
+    sketch, later passes   4·K·(O + I)          (layers so small that 2·K·(O + I) ≥ O·I are estimated exactly)
     factors, broadcast     4·(r·(O + I) + 1)
 
 A process puts S bytes (the sum over layers) into one flat all-reduce per pass. In a ring of N, every process sends and every
@@ -55,9 +55,14 @@ def exact_bytes(model: Model) -> list[int]:
 
 def sketch_bytes(model: Model, width: int = SKETCH_WIDTH, passes: int = PASSES) -> list[int]:
     """What a process puts into each all-reduce, pass by pass."""
-    outs, ins = (sum(sizes) for sizes in zip(*model.shapes(), strict=True))
-    each = BYTES * model.layers * width * (outs + ins)
-    return [each + BYTES * model.layers * TEST_COLUMNS * outs] + [each] * (passes - 1)
+    numbers = [0] * passes
+    for O, I in model.shapes():
+        if 2 * width * (O + I) >= O * I:  # then the gradient itself is summed, in one pass
+            numbers[0] += O * I
+        else:
+            numbers[0] += TEST_COLUMNS * O
+            numbers = [count + width * (O + I) for count in numbers]
+    return [BYTES * model.layers * count for count in numbers]
 
 
 def factor_bytes(model: Model, rank: int = RANK) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from hardware import device_name, hardware_line
 from results import Results, markdown_table
+from scaling_plot import draw
 from scaling_point import Point, measure
 
 Measured = dict[str, dict[int, list[dict[str, Any]]]]
@@ -64,7 +65,7 @@ def plan(device: str) -> Plan:
             "samples": [4, 8, 16, 32, 64],
             "width": [128, 256, 512, 1024, 2048],
             "layers": [1, 2, 4, 8, 16],
-            "rank": [4, 8, 16, 32, 64],
+            "rank": [2, 4, 8, 16, 32],
         }
     return Plan(base, values | {"processes": process_counts(device)})
 
@@ -77,9 +78,9 @@ QUANTITIES = {
 }
 EXPECTED = {
     "samples": "seconds 1: every pass goes over all; memory 0: one batch at a time, and sums that do not grow",
-    "width": "seconds to 2: the weights' products; memory and sketch 1: activations and K·(O + I); the gradient, O·I, 2",
+    "width": "seconds to 2: the weights' products; memory and sketch 1: activations and 2·K·(O + I); the gradient, O·I, 2",
     "layers": "all 1: every layer alike",
-    "rank": "all under 1: weights and activations stay; sketch K = 2·r + 48, so to 1 only for r ≫ 24; gradient 0",
+    "rank": "all under 1: weights and activations stay; sketch K = 2·r + 32, so to 1 only for r ≫ 16; gradient 0",
     "processes": "seconds to −1: samples and factorizations are shared; memory 0: a batch and all sums on each, a copy to send",
 }
 
@@ -159,9 +160,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-
-    # Here, because the tests have no matplotlib; not further down, where its absence would be found after all the runs.
-    from scaling_plot import draw
 
     chosen = plan(args.device)
     found = measure_all(chosen, args.repeats, Results("scaling"))
