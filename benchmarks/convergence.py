@@ -4,6 +4,10 @@
     python benchmarks/convergence.py benchmarks/sweeps/cpu.yaml --share 1/2      # in one of two processes
     python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml           # the tables and plots of what is there
 
+With `evaluate: true` a run answers its recipe's benchmark afterwards, from `evaluation_file` or `offline`; for GSM-symbolic:
+
+    python benchmarks/symbolic_items.py symbolic.jsonl
+
 A sweep is a YAML file: what all runs have in common, and grids. A grid is every combination of its lists; a run is a recipe
 with options, so any of them can be repeated as `accelerate launch recipes/RECIPE.py --OPTION VALUE …`. After the grids each
 method gets its best learning rate again with `best_seeds`. Finished runs are in `results/convergence.jsonl` and not made
@@ -15,6 +19,7 @@ import importlib
 import itertools
 import math
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser
 from pathlib import Path
@@ -114,6 +119,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         ),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
+    if options.run.evaluate:  # on the file or source that the run's settings name
+        with tempfile.TemporaryDirectory() as folder:
+            scored = recipe.benchmark.evaluate(trainer.model, tokenizer, Path(folder), options.evaluation)
+        found["score"], found["items"] = scored["score"], scored["count"]
     del trainer
     gc.collect()
     return found

@@ -1,5 +1,6 @@
 """The convergence benchmark: what it reads from a learning-rate sweep, and a small real sweep from its command to its plot."""
 
+import importlib
 import math
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import convergence_report
 import pytest
 import yaml
 from convergence_analysis import Arm, near_best, steps_to
-from recipe_cases import options
+from finetune import parse
+from recipe_cases import options, write
 from results import Results
 
 
@@ -132,3 +134,36 @@ def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert all(f"| {method} |" in out for method in ("lora", "lora_ga", "peft_lora_ga"))
     assert Path(tmp_path, "plots/convergence_metamath_r4.png").stat().st_size > 10_000
+
+
+def test_a_run_answers_its_benchmark_where_it_is_asked_to(tmp_path, monkeypatch):
+    items = write([{"question": "w1 w2", "answer": "w3 #### 1"}] * 3, tmp_path / "items.jsonl")
+    flags = options("metamath", tmp_path, evaluate="true", evaluation_file=items, max_new_tokens=4)
+    settings = dict(zip([flag.removeprefix("--") for flag in flags[::2]], flags[1::2], strict=True))
+    del settings["output_dir"]
+    monkeypatch.chdir(tmp_path)
+    found = convergence.run(settings | {"recipe": "metamath", "method": "lora", "threads": 1, "eval_steps": 3})
+    assert found["items"] == 3
+    assert 0 <= found["score"] <= 1
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_run_of_the_sweeps_at_hand_is_one_that_its_recipe_takes(name):
+    sweep = yaml.safe_load((Path(convergence.__file__).parent / f"sweeps/{name}.yaml").read_text())
+    runs = convergence.grid_runs(sweep)
+    for settings in {convergence.arm_of(run): run for run in runs}.values():
+        recipe = importlib.import_module(settings["recipe"]).RECIPE
+        argv = [
+            text
+            for key, value in settings.items()
+            if key not in ("recipe", "threads")
+            for text in (f"--{key}", str(value))
+        ]
+        parsed = parse(recipe, [*argv, "--bf16", "false"])  # bf16 wants the hardware
+        assert parsed.model.method == settings["method"]
+    by_arm = {}
+    for run in runs:
+        if "evaluate" not in run:
+            by_arm.setdefault(convergence.arm_of(run), []).append(run["learning_rate"])
+    assert max(len(rates) for rates in by_arm.values()) >= 6
+    assert sweep["best_seeds"]
