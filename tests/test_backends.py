@@ -110,7 +110,7 @@ def seq2seq(model: str) -> Run:
 
 
 def no_offset(model: str) -> Run:
-    """Of the frozen and trained parts only A has two; `save_model` and resuming still have to tell them apart."""
+    """A in two parts, whose sum is in the adapter's file, and B as PEFT made it."""
     options = {"ga_offset": False, "save_strategy": "steps", "save_steps": STEPS // 2}
     return Run("no_offset", model, options, {"r": 2})
 
