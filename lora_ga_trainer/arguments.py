@@ -44,6 +44,9 @@ class LoRAGAArguments:
             and √(O/I) for B0 (the paper's ablation).
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the scales `stable` and `isotropic`. Larger values start from smaller factors.
+        ga_offset (`bool`, *optional*, defaults to `True`):
+            Whether B starts at B0, and s·B0 A0 is subtracted, as in the paper. `False`: B starts at zero, as in LoRA, so that
+            nothing is to be subtracted: training costs what LoRA's does, and the saved adapter has rank r instead of 2·r.
         ga_restart_steps (`int`, *optional*):
             Every so many optimizer steps, freeze what was trained so far into the adapter and start again from the gradient
             at the current function (LoRA-GA inside ReLoRA, arXiv 2307.05695). The saved adapter's rank grows by 2·r each
@@ -89,6 +92,12 @@ class LoRAGAArguments:
     ga_gamma: float = field(
         default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
     )
+    ga_offset: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether B starts at B0, with s·B0 A0 subtracted, as in the paper; else at zero, as in LoRA."
+        },
+    )
     ga_restart_steps: int | None = field(
         default=None,
         metadata={"help": "Start again from a fresh gradient every so many steps. Default: never."},
@@ -125,6 +134,15 @@ class LoRAGAArguments:
             raise ValueError(
                 "`ga_scale` is 'isotropic', which shrinks singular vectors, but `ga_direction` is 'gaussian', which takes "
                 "none. Choose another of the two."
+            )
+        if not isinstance(self.ga_offset, bool):
+            raise ValueError(
+                f"`ga_offset` is {self.ga_offset!r}, but must be True (the paper's form) or False (B from zero)."
+            )
+        if not self.ga_offset and self.ga_restart_steps is not None:
+            raise ValueError(
+                f"`ga_restart_steps` is {self.ga_restart_steps}, but `ga_offset` is False: a restart keeps what was trained "
+                "beside a pair A0, B0 with its offset. Leave out one of the two."
             )
         gamma = self.ga_gamma
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:

@@ -1,4 +1,4 @@
-"""The delta form of LoRA-GA: the two modules that take the place of `lora_A` and `lora_B` in a PEFT layer.
+"""The delta form of LoRA-GA: the modules that take the place of `lora_A` and `lora_B` in a PEFT layer.
 
 The paper starts from y = W0 x + s·(B A − B0 A0) x at A = A0, B = B0, by subtracting s·B0 A0 from W0. We never touch W0.
 With the differences dA = A − A0 and dB = B − B0, which alone are trained, the same function is
@@ -13,6 +13,10 @@ A restart freezes the rows and columns so far as `history` H behind a new pair, 
 
     lora_A = [A0 + dA; dA; H_A]        lora_B = [dB, B0, H_B]
 
+Without the offset B0 is zero, and what is left is a LoRA of rank R, whose `lora_B` can stay what PEFT made:
+
+    y = W0 x + s·dB (A0 + dA) x        lora_A = A0 + dA        lora_B = dB
+
 Shapes: O out features, I in features, R the rank that trains.
 """
 
@@ -20,6 +24,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -28,13 +33,10 @@ from .delta_product import join_a, join_b, multiply_a, multiply_b
 
 
 class DeltaHalf(nn.Module):
-    """What DeltaA and DeltaB share: a trainable difference, zero at the start, and a frozen initial factor.
+    """A matrix in delta form: a trainable difference, zero at the start, and a frozen initial factor.
 
     `trainable` is the parameter that PEFT made, set to zero, so that an optimizer which already holds it keeps working.
     `frozen` is zero until it is estimated; it has the same dtype and device.
-    `history` is what earlier restarts froze, None before the first. It is a buffer, whole on every process, because
-    parameters that are made while training would be unknown to ZeRO-3 and FSDP2; and not persistent, because their own
-    checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
     """
 
     def __init__(self, trainable: nn.Parameter):
@@ -43,6 +45,18 @@ class DeltaHalf(nn.Module):
             trainable.zero_()
         self.trainable = trainable
         self.frozen = nn.Parameter(torch.zeros_like(trainable), requires_grad=False)
+
+
+class OffsetHalf(DeltaHalf):
+    """What DeltaA and DeltaB share.
+
+    `history` is what earlier restarts froze, None before the first. It is a buffer, whole on every process, because
+    parameters that are made while training would be unknown to ZeRO-3 and FSDP2; and not persistent, because their own
+    checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
+    """
+
+    def __init__(self, trainable: nn.Parameter):
+        super().__init__(trainable)
         self.register_buffer("history", None, persistent=False)
 
     @staticmethod
@@ -55,7 +69,7 @@ class DeltaHalf(nn.Module):
         return self.join(self.trainable, self.frozen, self.history)
 
 
-class DeltaA(DeltaHalf):
+class DeltaA(OffsetHalf):
     """Takes the place of `lora_A`: weight [A0 + dA; dA] (2R×I), with dA = `trainable` and A0 = `frozen` (R×I)."""
 
     join = staticmethod(join_a)
@@ -70,7 +84,7 @@ class DeltaA(DeltaHalf):
         return multiply_a(x, self.trainable, self.frozen, self.history)
 
 
-class DeltaB(DeltaHalf):
+class DeltaB(OffsetHalf):
     """Takes the place of `lora_B`: weight [dB, B0] (O×2R), with dB = `trainable` and B0 = `frozen` (O×R).
 
     `bias` (O) is that of `LoraConfig(lora_bias=True)`, else None; it trains as in any LoRA.
@@ -93,6 +107,24 @@ class DeltaB(DeltaHalf):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class SumA(DeltaHalf):
+    """Takes the place of `lora_A` without the offset: weight A0 + dA (R×I), with dA = `trainable` and A0 = `frozen` (R×I).
+
+    The sum has their dtype; dA alone is trained, so what rounding takes from the sum is not lost to later steps.
+    """
+
+    @staticmethod
+    def join(trainable: Tensor, frozen: Tensor) -> Tensor:
+        return frozen + trainable
+
+    @property
+    def weight(self) -> Tensor:
+        return self.join(self.trainable, self.frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The PEFT layers of `model` whose adapter `adapter_name` is in delta form, by module name."""
     return {
@@ -100,7 +132,7 @@ def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
         and adapter_name in module.lora_A
-        and isinstance(module.lora_A[adapter_name], DeltaA)
+        and isinstance(module.lora_A[adapter_name], DeltaHalf)
     }
 
 
@@ -129,16 +161,19 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
         _check_layer(name, layer, adapter_name)
 
 
-def attach_delta_form(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+def attach_delta_form(layers: dict[str, LoraLayer], adapter_name: str, offset: bool = True) -> None:
     """Bring the adapter `adapter_name` of `layers` into delta form, in place. The model still computes the base function.
 
     Do this before `accelerator.prepare` and before anything is trained, on layers that `check_targets` has passed: A's
-    random values are dropped.
+    random values are dropped. Without the `offset` B stays as PEFT made it, zero.
     """
     for layer in layers.values():
-        layer.lora_A[adapter_name] = DeltaA(layer.lora_A[adapter_name].weight)
-        lora_B = layer.lora_B[adapter_name]
-        layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+        lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        if offset:
+            layer.lora_A[adapter_name] = DeltaA(lora_A.weight)
+            layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+        else:
+            layer.lora_A[adapter_name] = SumA(lora_A.weight)
         layer.set_adapter = MethodType(_set_adapter, layer)
         layer.set_requires_grad = MethodType(_set_requires_grad, layer)
 
@@ -192,18 +227,23 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 
 def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tensor) -> None:
-    """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init."""
-    write_parameter(layer.lora_A[adapter_name].frozen, a_RI)
-    write_parameter(layer.lora_B[adapter_name].frozen, b_OR)
+    """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init.
+
+    Without the offset B0 is zero and has no place of its own.
+    """
+    for half, factor in ((layer.lora_A[adapter_name], a_RI), (layer.lora_B[adapter_name], b_OR)):
+        if isinstance(half, DeltaHalf):
+            write_parameter(half.frozen, factor)
 
 
-def delta_halves(model: nn.Module, adapter_name: str) -> dict[str, DeltaHalf]:
-    """Both halves of every layer in delta form, by module name."""
-    halves = {}
-    for name, layer in delta_layers(model, adapter_name).items():
-        halves[f"{name}.lora_A.{adapter_name}"] = layer.lora_A[adapter_name]
-        halves[f"{name}.lora_B.{adapter_name}"] = layer.lora_B[adapter_name]
-    return halves
+def offset_halves(model: nn.Module, adapter_name: str) -> dict[str, OffsetHalf]:
+    """Both halves of every layer, by module name: what a restart freezes. None without the offset."""
+    halves = {
+        f"{name}.{matrix}.{adapter_name}": getattr(layer, matrix)[adapter_name]
+        for name, layer in delta_layers(model, adapter_name).items()
+        for matrix in ("lora_A", "lora_B")
+    }
+    return {name: half for name, half in halves.items() if isinstance(half, OffsetHalf)}
 
 
 def freeze_trained(layer: LoraLayer, adapter_name: str) -> None:

@@ -92,5 +92,7 @@ def factor_gradient(
         gamma=config.ga_gamma,
         weight_singular_values=lambda: weight_s,
     )
+    if not config.ga_offset:
+        scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
     generator = torch.Generator().manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
     return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, scales, generator)

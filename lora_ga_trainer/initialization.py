@@ -19,7 +19,7 @@ from .arguments import LoRAGAArguments, check_lora_config
 from .backends import compute_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
-from .delta import attach_delta_form, check_targets, delta_halves, delta_layers, lora_layers
+from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
     ComputeLoss,
     count_label_tokens,
@@ -48,7 +48,8 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
 
     Raises:
         ValueError: the model is no `PeftModel` with one active LoRA adapter, it has an initialized or another LoRA-GA
-            adapter, or the adapter or the sketch size does not fit LoRA-GA; see `check_lora_config` and `check_targets`.
+            adapter or one attached with another `ga_offset`, or the adapter or the sketch size does not fit LoRA-GA; see
+            `check_lora_config` and `check_targets`.
     """
     if not isinstance(peft_model, PeftModel):
         raise ValueError(
@@ -72,6 +73,11 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 "(`model = model.merge_and_unload()`)."
             )
         former = peft_model.lora_ga
+        if former.options["ga_offset"] != config.ga_offset:
+            raise ValueError(
+                f"`ga_offset` is {config.ga_offset}, but the adapter {adapter_name!r} was attached with "
+                f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
+            )
         state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
         peft_model.lora_ga = replace(state, launch=former.launch)
         return adapter_name
@@ -86,7 +92,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
-    attach_delta_form(layers, adapter_name)
+    attach_delta_form(layers, adapter_name, config.ga_offset)
     make_portable(peft_model, state)
     return adapter_name
 
@@ -165,16 +171,21 @@ def restart_lora_ga(
         the alignment of each layer, and what the estimation took.
 
     Raises:
-        ValueError: the adapter has not been initialized yet; or what `initialize_lora_ga` raises.
+        ValueError: the adapter has not been initialized yet, `ga_offset` is or was False, or what `initialize_lora_ga` raises.
     """
     state = peft_model.lora_ga
+    if not (config.ga_offset and state.options["ga_offset"]):
+        raise ValueError(
+            f"`ga_offset` is {config.ga_offset}, was {state.options['ga_offset']} when {state.adapter_name!r} was attached, "
+            "but a restart keeps what was trained beside a pair A0, B0 with its offset. Set it to True, or do not restart."
+        )
     if state.report is None:
         raise ValueError(
             f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so there is nothing to restart. Call "
             "`initialize_lora_ga(...)` first."
         )
     report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=True)
-    halves = delta_halves(peft_model, state.adapter_name)
+    halves = offset_halves(peft_model, state.adapter_name)
     forget_optimizer_state(optimizer, [half.trainable for half in halves.values()])
     state.restarts.append(report)
     return report

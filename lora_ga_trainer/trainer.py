@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .backends import gather_objects, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
-from .delta import delta_halves
+from .delta import offset_halves
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
 from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
 from .probe import preserved_rng
@@ -78,7 +78,7 @@ class LoRAGAMixin:
         adapter_name = attach_lora_ga(self.model, self.args)
         if self.args.ga_restart_steps is not None:
             check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))
-            halves = delta_halves(self.model, adapter_name).values()
+            halves = offset_halves(self.model, adapter_name).values()
             restarted = {id(half.trainable) for half in halves}
             check_restart(
                 launch,

@@ -19,6 +19,7 @@ DEFAULTS = {
     "ga_direction": "ArB2r",
     "ga_scale": "stable",
     "ga_gamma": 16.0,
+    "ga_offset": True,
     "ga_restart_steps": None,
     "ga_restart_warmup_steps": 10,
     "ga_seed": 42,
@@ -38,6 +39,7 @@ def test_command_line_and_yaml(tmp_path):
         "output_dir: out\nbf16: false\nga_num_samples: 32\nga_gamma: 64\nga_scale: gd\nga_sketch_size: 40\n"
     )
     command = ["--config", str(yaml), "--ga_num_samples", "8", "--ga_direction", "random", "--ga_estimator", "exact"]
+    command += ["--ga_offset", "false"]
     (config,) = TrlParser(LoRAGASFTConfig).parse_args_and_config(command)
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS | {
         "ga_num_samples": 8,
@@ -46,6 +48,7 @@ def test_command_line_and_yaml(tmp_path):
         "ga_sketch_size": 40,
         "ga_direction": "random",
         "ga_estimator": "exact",
+        "ga_offset": False,
     }
 
 
@@ -60,6 +63,11 @@ def test_the_isotropic_scale_needs_singular_vectors_and_a_pass_to_measure_along_
     with pytest.raises(ValueError, match=message):
         LoRAGAArguments(ga_scale="isotropic", **options)
     assert LoRAGAArguments(ga_scale="isotropic", ga_estimator="exact", ga_sketch_passes=1).ga_scale == "isotropic"
+
+
+def test_restarts_need_the_offset():
+    with pytest.raises(ValueError, match="`ga_restart_steps` is 5, but `ga_offset` is False.*Leave out one of the two"):
+        LoRAGAArguments(ga_offset=False, ga_restart_steps=5)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,7 @@ def test_the_isotropic_scale_needs_singular_vectors_and_a_pass_to_measure_along_
         ("ga_gamma", -1, "finite number above 0"),
         ("ga_gamma", float("nan"), "finite number above 0"),
         ("ga_gamma", "16", "finite number above 0"),
+        ("ga_offset", "no", "must be True (the paper's form) or False"),
         ("ga_seed", -1, "whole number of at least 0"),
     ],
 )

@@ -91,7 +91,7 @@ def t5(tmp_path_factory) -> str:
 def references(base_model, t5, tmp_path_factory) -> dict[str, dict]:
     """The same runs in one process, with the same examples in a step."""
     found = {}
-    for run in [*make_runs(base_model), restarts(base_model), seq2seq(t5)]:
+    for run in [*make_runs(base_model), restarts(base_model), no_offset(base_model), seq2seq(t5)]:
         if run.options.get("gradient_accumulation_steps") == 2:
             run.options["per_device_train_batch_size"] = 2
         found[run.name] = execute(run, tmp_path_factory.mktemp("reference"))
@@ -107,6 +107,12 @@ def restarts(model: str) -> Run:
 def seq2seq(model: str) -> Run:
     options = {"save_strategy": "steps", "save_steps": STEPS // 2, "gradient_accumulation_steps": 2}
     return Run("seq2seq", model, options | {"per_device_train_batch_size": 1}, {"r": 2}, seq2seq=True)
+
+
+def no_offset(model: str) -> Run:
+    """A in two parts, whose sum is in the adapter's file, and B as PEFT made it."""
+    options = {"ga_offset": False, "save_strategy": "steps", "save_steps": STEPS // 2}
+    return Run("no_offset", model, options, {"r": 2})
 
 
 NAMES = [run.name for run in make_runs("")]
@@ -128,6 +134,8 @@ def launched(backend, base_model, t5, tmp_path_factory) -> dict[str, dict]:
     """The runs under one backend, and those that `to_resume` names resumed at half-time by new processes."""
     out = tmp_path_factory.mktemp(backend)
     to_resume = [*make_runs(base_model)[:2], bf16(base_model), restarts(base_model)]
+    if backend not in FEWER_RUNS:
+        to_resume.append(no_offset(base_model))
     if backend in SEQ2SEQ:
         to_resume.append(seq2seq(t5))
     runs = to_resume if backend in FEWER_RUNS else [*to_resume, *make_runs(base_model)[2:]]
@@ -155,7 +163,7 @@ def test_it_is_that_backend_and_two_processes(launched, backend, name):
     assert (found["launch"], found["wrapper"], found["communication"]) == (expected, wrapper, "gloo")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "no_offset"])
 def test_at_init_the_logits_are_the_base_models(launched, base_model, name):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(base_model).eval()(INPUTS).logits
@@ -169,7 +177,7 @@ def test_at_init_in_bf16_the_logits_are_the_base_models(launched, backend):
     assert abs(found["losses"][0] - found["losses"][-1]) > 0.01, "nothing was learned"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "no_offset"])
 def test_the_factors_are_those_of_one_process(launched, references, name):
     found, reference = launched[name], references[name]
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
@@ -191,14 +199,14 @@ def test_every_layer_is_factored_once(launched, name):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "accumulation", "restarts"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "accumulation", "restarts", "no_offset"])
 def test_the_loss_curve_is_that_of_one_process(launched, references, name):
     found, reference = launched[name]["losses"], references[name]["losses"]
     assert len(found) == STEPS and found == pytest.approx(reference, abs=LOSS_TOLERANCE)
     assert abs(found[0] - found[1]) > 10 * LOSS_TOLERANCE, "the curve is flat, so that it shows nothing"
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "bf16", "restarts"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "bf16", "restarts", "no_offset"])
 def test_resuming_is_the_uninterrupted_run(launched, name):
     is_the_uninterrupted_run(launched, name)
 
@@ -213,7 +221,10 @@ def is_the_uninterrupted_run(launched, name):
     assert whole["initializations"] == (3 if name == "restarts" else 1)
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "plain_resumed", "restarts", "restarts_resumed"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "checkpointing", "plain_resumed", "restarts", "restarts_resumed", "no_offset", "no_offset_resumed"],
+)
 def test_stock_peft_loads_the_adapter(launched, base_model, name):
     found = launched[name]
     base = AutoModelForCausalLM.from_pretrained(base_model).eval()
@@ -224,7 +235,7 @@ def test_stock_peft_loads_the_adapter(launched, base_model, name):
     assert (logits - untrained).abs().max() > 0.01, "training changed nothing, so that it shows nothing"
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "restarts"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "restarts", "no_offset"])
 def test_estimation_leaves_no_gradient_and_the_same_parameters_training(launched, references, name):
     assert launched[name]["gradients"] == []
     assert launched[name]["trainable"] == references[name]["trainable"]

@@ -17,6 +17,8 @@ from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_sketch_size=10)
+NO_OFFSET = LoRAGAArguments(ga_sketch_size=10, ga_offset=False)
+BOTH_FORMS = pytest.mark.parametrize("config", [CONFIG, NO_OFFSET], ids=["offset", "no offset"])
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 # float32 logits of order 1 through two layers; PEFT computes the same products in the same order, but the scaling
 # α·√2/√(2r) can differ from α/√r in the last place
@@ -28,11 +30,11 @@ def logits(model):
         return model.eval()(INPUTS).logits.float()
 
 
-def trained(family="llama", dtype=torch.float32, steps=3, **lora):
+def trained(family="llama", dtype=torch.float32, steps=3, config=CONFIG, **lora):
     """(model after a few AdamW steps from a LoRA-GA start, its untouched base)."""
     model, base = peft_pair(family, dtype, **lora)
     batches = tiny_batches()
-    initialize_lora_ga(model, batches, CONFIG, disable_tqdm=True)
+    initialize_lora_ga(model, batches, config, disable_tqdm=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(steps):
@@ -43,6 +45,7 @@ def trained(family="llama", dtype=torch.float32, steps=3, **lora):
     return model, base
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize(
     "lora",
     [
@@ -56,33 +59,36 @@ def trained(family="llama", dtype=torch.float32, steps=3, **lora):
     ],
     ids=["rslora", "lora", "patterns-rslora", "patterns-lora", "regex", "modules_to_save", "dropout"],
 )
-def test_stock_peft_loads_it_on_the_untouched_base(lora, tmp_path):
-    model, base = trained(**lora)
+def test_stock_peft_loads_it_on_the_untouched_base(lora, config, tmp_path):
+    model, base = trained(config=config, **lora)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
     assert (logits(loaded.merge_and_unload()) - logits(model)).abs().max() < LOGITS_TOLERANCE
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2"])
-def test_every_kind_of_model(family, tmp_path):
-    model, base = trained(family)
+def test_every_kind_of_model(family, config, tmp_path):
+    model, base = trained(family, config=config)
     model.save_pretrained(tmp_path)
     assert (logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)) - logits(model)).abs().max() < 1e-5
 
 
-def test_lora_bias(tmp_path):
-    model, base = trained("qwen2", target_modules=["q_proj", "k_proj"], lora_bias=True)
+@BOTH_FORMS
+def test_lora_bias(config, tmp_path):
+    model, base = trained("qwen2", config=config, target_modules=["q_proj", "k_proj"], lora_bias=True)
     model.save_pretrained(tmp_path)
     assert any(key.endswith("lora_B.bias") for key in load_file(tmp_path / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert (logits(loaded) - logits(model)).abs().max() < LOGITS_TOLERANCE
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base(dtype, tmp_path):
+def test_half_precision_base(dtype, config, tmp_path):
     """PEFT keeps the adapter in float32, so loading gives the very same numbers."""
-    model, base = trained(dtype=dtype)
+    model, base = trained(dtype=dtype, config=config)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)), logits(model))
 
@@ -101,6 +107,24 @@ def test_the_file_holds_the_two_matrices_and_nothing_else(tmp_path):
     assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (8, 16 * math.sqrt(2), True)
 
 
+def test_without_the_offset_the_file_is_the_adapter_itself(tmp_path):
+    """Rank r, scaling and products as in the model: stock PEFT computes the same numbers, not within a tolerance."""
+    model, base = trained(config=NO_OFFSET, rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 40})
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    layers = delta_layers(model, "default")
+    assert set(tensors) == {f"{name}.{half}.weight" for name in layers for half in ("lora_A", "lora_B")}
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        assert torch.equal(tensors[f"{name}.lora_A.weight"], A.frozen + A.trainable)
+        assert torch.equal(tensors[f"{name}.lora_B.weight"], B.weight)
+        assert len(A.frozen) == (2 if name.endswith("k_proj") else 4) and A.frozen.any() and A.trainable.any()
+    saved, text = LoraConfig.from_pretrained(tmp_path), (tmp_path / "adapter_config.json").read_text()
+    assert (saved.r, saved.rank_pattern, saved.alpha_pattern) == (4, {"k_proj": 2}, {"v_proj": 40})
+    assert '"lora_alpha": 16,' in text
+    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)), logits(model))
+
+
 def test_saving_leaves_the_model_as_it_was(tmp_path):
     model, _ = trained()
     config, before = copy.deepcopy(model.peft_config["default"]), logits(model)
@@ -110,8 +134,9 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_in_memory_merge_and_disable():
-    model, base = trained()
+@BOTH_FORMS
+def test_in_memory_merge_and_disable(config):
+    model, base = trained(config=config)
     adapted = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
@@ -134,8 +159,9 @@ def test_a_copied_model_saves_itself(tmp_path):
     assert (logits(loaded) - logits(model)).abs().max() > 0.01
 
 
-def test_an_adapter_of_another_name_beside_a_plain_one(tmp_path):
-    model, base = trained()
+@BOTH_FORMS
+def test_an_adapter_of_another_name_beside_a_plain_one(config, tmp_path):
+    model, base = trained(config=config)
     model.add_adapter("plain", lora_config())
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["r"] == 4
@@ -190,7 +216,7 @@ def test_bf16_file_keeps_the_function_better_than_the_usual_conversion(tmp_path)
 def test_portable_config_keeps_every_scaling():
     for use_rslora in (True, False):
         config = LoraConfig(r=6, lora_alpha=10, use_rslora=use_rslora, rank_pattern={"a": 3}, alpha_pattern={"b": 7})
-        portable = portable_config(config)
+        portable = portable_config(config, 2)
 
         def scaling(alpha, rank, use_rslora=use_rslora):
             return alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -205,11 +231,14 @@ def test_portable_config_keeps_every_scaling():
 # --- taking a checkpoint up again -----------------------------------------------------------------------------------
 
 
-def test_the_halves_come_back_bit_for_bit(tmp_path):
-    model, _ = trained()
-    model.save_pretrained(tmp_path)
+@BOTH_FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_halves_come_back_bit_for_bit(dtype, config, tmp_path):
+    """A0 and dA apart, which their sum in the file does not tell."""
+    model, _ = trained(config=config)
+    model.to(dtype).save_pretrained(tmp_path)
     other, _ = peft_pair()
-    attach_lora_ga(other, CONFIG)
+    attach_lora_ga(other.to(dtype), config)
     other.load_adapter(tmp_path, "default", is_trainable=True)
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -244,11 +273,29 @@ def refused(model, directory, message):
         ({"bias": "lora_only"}, {}, "`bias` is 'lora_only', but .* was made with 'none'"),
         ({}, {"ga_gamma": 64.0}, "`ga_gamma` is 64.0, but .* was made with 16.0"),
         ({}, {"ga_direction": "ArBr"}, "`ga_direction` is 'ArBr'"),
+        ({}, {"ga_offset": False}, "`ga_offset` is False, but .* was made with True"),
     ],
 )
 def test_other_settings_are_refused(lora, ga, message, tmp_path):
     trained()[0].save_pretrained(tmp_path)
     refused(fresh(LoRAGAArguments(**{"ga_sketch_size": 10} | ga), **lora), tmp_path, message)
+
+
+def test_a_checkpoint_from_before_an_option_existed_was_made_with_its_default(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "lora_ga.json").read_text())
+    assert document["options"].pop("ga_offset") is True
+    (tmp_path / "lora_ga.json").write_text(json.dumps(document))
+    refused(fresh(NO_OFFSET), tmp_path, "`ga_offset` is False, but .* was made with True")
+    other = fresh()
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_checkpoint_without_the_offset_is_no_start_for_a_run_with_it(tmp_path):
+    trained(config=NO_OFFSET)[0].save_pretrained(tmp_path)
+    refused(fresh(), tmp_path, "`ga_offset` is True, but .* was made with False")
 
 
 def test_a_checkpoint_with_other_trained_modules_is_refused(tmp_path):
@@ -283,17 +330,18 @@ def test_other_layers_are_refused(modules, tmp_path):
     refused(fresh(target_modules=modules), tmp_path, "lora_ga.safetensors does not fit this model: for .* it holds")
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("file", ["lora_ga.json", "lora_ga.safetensors", "adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
-def test_missing_and_damaged_files_are_refused(file, damage, tmp_path):
-    trained()[0].save_pretrained(tmp_path)
+def test_missing_and_damaged_files_are_refused(file, damage, config, tmp_path):
+    trained(config=config)[0].save_pretrained(tmp_path)
     path = tmp_path / file
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
-    refused(fresh(), tmp_path, f"{file}.*Resume from")
+    refused(fresh(config), tmp_path, f"{file}.*Resume from")
 
 
 def test_a_foreign_json_is_refused(tmp_path):
@@ -303,9 +351,10 @@ def test_a_foreign_json_is_refused(tmp_path):
         read_state(tmp_path)
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("file", ["lora_ga.safetensors", "adapter_model.safetensors"])
-def test_other_shapes_are_refused(file, tmp_path):
-    trained()[0].save_pretrained(tmp_path)
+def test_other_shapes_are_refused(file, config, tmp_path):
+    trained(config=config)[0].save_pretrained(tmp_path)
     tensors = load_file(tmp_path / file)
     save_file({name: value[:, :2].contiguous() for name, value in tensors.items()}, tmp_path / file)
-    refused(fresh(), tmp_path, rf"{file} does not fit this model: for .* it holds \[.*, 2\], the model needs")
+    refused(fresh(config), tmp_path, rf"{file} does not fit this model: for .* it holds \[.*, 2\], the model needs")

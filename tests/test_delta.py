@@ -6,13 +6,15 @@ import torch
 from tiny import CONFIGS, lora_config, peft_pair, tiny_batches
 from torch import nn
 
-from lora_ga_trainer.delta import DeltaA, DeltaB, attach_delta_form, check_targets, lora_layers, write_factors
+from lora_ga_trainer.delta import DeltaA, DeltaB, SumA, attach_delta_form, check_targets, lora_layers, write_factors
+
+BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 
 
-def attached(family="llama", dtype=torch.float32, **lora):
+def attached(family="llama", dtype=torch.float32, offset=True, **lora):
     model, base = peft_pair(family, dtype, **lora)
     layers = lora_layers(model, "default")
-    attach_delta_form(layers, "default")
+    attach_delta_form(layers, "default", offset)
     return model, base, layers
 
 
@@ -20,20 +22,22 @@ def randomize(layers, trained=True, seed=0):
     """Some A0, B0 and, where `trained`, some dA, dB."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
-        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        # dA, dB: without the offset dB is the weight that PEFT made
+        da, db = (next(iter(half["default"].parameters())) for half in (layer.lora_A, layer.lora_B))
         draw = lambda p: torch.randn(p.shape, generator=generator)  # noqa: E731
-        write_factors(layer, "default", draw(A.frozen), draw(B.frozen))
+        write_factors(layer, "default", draw(da), draw(db))
         if trained:
             with torch.no_grad():
-                A.trainable.copy_(0.1 * draw(A.trainable))
-                B.trainable.copy_(0.1 * draw(B.trainable))
+                da.copy_(0.1 * draw(da))
+                db.copy_(0.1 * draw(db))
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_untrained_it_is_the_base_function_bit_for_bit(family, dtype):
+def test_untrained_it_is_the_base_function_bit_for_bit(family, dtype, offset):
     """Invariant 1: not within a tolerance."""
-    model, base, layers = attached(family, dtype, lora_dropout=0.3)
+    model, base, layers = attached(family, dtype, offset, lora_dropout=0.3)
     randomize(layers, trained=False)
     inputs = tiny_batches()[0]["input_ids"]
     with torch.no_grad():
@@ -75,18 +79,44 @@ def test_gradients_are_those_of_the_papers_factors():
     assert A.frozen.grad is None and B.frozen.grad is None
 
 
-def test_only_the_differences_train_and_optimizers_keep_their_parameters():
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_offset_it_is_a_plain_lora(dtype, autocast):
+    """y = W0 x + s·B A x with A = A0 + dA, B = dB, and ∂L/∂dA = ∂L/∂A, ∂L/∂dB = ∂L/∂B: the same products, so to the bit."""
+    model, _, layers = attached(offset=False)
+    randomize(layers)
+    layer = model.to(dtype).base_model.model.model.layers[1].mlp.up_proj
+    A, B, s = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+    plain_A, plain_B = nn.Linear(48, 4, bias=False, dtype=dtype), nn.Linear(4, 80, bias=False, dtype=dtype)
+    with torch.no_grad():
+        plain_A.weight.copy_(A.frozen + A.trainable)
+        plain_B.weight.copy_(B.weight)
+
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = layer(x), layer.base_layer(x) + plain_B(plain_A(x)) * s
+    assert torch.equal(ours, theirs)
+    found = torch.autograd.grad(ours.square().sum(), (x, A.trainable, B.weight))
+    reference = torch.autograd.grad(theirs.square().sum(), (x, plain_A.weight, plain_B.weight))
+    assert all(torch.equal(f, r) for f, r in zip(found, reference, strict=True))
+    assert not A.frozen.requires_grad
+    assert torch.equal(layer.get_delta_weight("default"), s * (plain_B.weight @ plain_A.weight))
+
+
+@BOTH_FORMS
+def test_only_the_differences_train_and_optimizers_keep_their_parameters(offset):
     model, _ = peft_pair()
     before = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
-    attach_delta_form(lora_layers(model, "default"), "default")
+    attach_delta_form(lora_layers(model, "default"), "default", offset)
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.replace(".trainable", ".weight") for name in after} == set(before)
     assert {id(p) for p in after.values()} == set(before.values())
     assert not any(p.any() for p in after.values())
 
 
-def test_switching_adapters_never_unfreezes_the_initial_factors():
-    model, _, layers = attached()
+@BOTH_FORMS
+def test_switching_adapters_never_unfreezes_the_initial_factors(offset):
+    model, _, layers = attached(offset=offset)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     with model.disable_adapter():
         pass
@@ -97,8 +127,9 @@ def test_switching_adapters_never_unfreezes_the_initial_factors():
     assert all(not layer.lora_A["default"].frozen.requires_grad for layer in layers.values())
 
 
-def test_lora_bias_still_trains():
-    model, _, layers = attached("qwen2", target_modules=["q_proj"], lora_bias=True)
+@BOTH_FORMS
+def test_lora_bias_still_trains(offset):
+    model, _, layers = attached("qwen2", offset=offset, target_modules=["q_proj"], lora_bias=True)
     biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     assert len(biases) == len(layers)
 
@@ -131,13 +162,16 @@ def test_embedding_targets_are_refused():
         check_targets(lora_layers(model, "default"), "default")
 
 
-def test_types_survive_a_second_adapter():
+@BOTH_FORMS
+def test_types_survive_a_second_adapter(offset):
     """A second, ordinary LoRA on the same model stays ordinary, and switching between them works."""
-    model, _, layers = attached()
+    model, _, layers = attached(offset=offset)
     randomize(layers)
     model.add_adapter("other", lora_config())
     layer = next(iter(layers.values()))
-    assert isinstance(layer.lora_A["default"], DeltaA) and isinstance(layer.lora_B["default"], DeltaB)
+    assert (type(layer.lora_A["default"]), type(layer.lora_B["default"])) == (
+        (DeltaA, DeltaB) if offset else (SumA, nn.Linear)
+    )
     assert isinstance(layer.lora_A["other"], nn.Linear)
     inputs = tiny_batches()[0]["input_ids"]
     with torch.no_grad():

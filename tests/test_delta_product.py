@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_ga_trainer.delta import DeltaA, DeltaB
+from lora_ga_trainer.delta import DeltaA, DeltaB, SumA
 from lora_ga_trainer.delta_product import multiply_a, multiply_b
 
 TOKENS, IN, OUT, RANK, HISTORY = 10, 12, 10, 3, 4
@@ -127,6 +127,14 @@ def test_only_wanted_gradients_are_multiplied_out():
     assert operations(True, True) == unit * 10 * (IN + OUT)
     assert operations(True, False) == unit * 8 * (IN + OUT)  # frozen, as while probing
     assert operations(False, True) == unit * (6 * IN + 10 * OUT)  # the model's first layer
+
+
+def test_without_the_offset_the_products_are_those_of_lora():
+    _, _, x, grad = halves(history=False)
+    A, B = SumA(nn.Parameter(torch.zeros(RANK, IN))), nn.Linear(RANK, OUT, bias=False)
+    with FlopCounterMode(display=False) as counter:
+        B(A(x.float().requires_grad_())).backward(grad.float())
+    assert counter.get_total_flops() == TOKENS * RANK * 6 * (IN + OUT)
 
 
 def test_only_what_the_gradients_need_is_kept():

@@ -26,14 +26,19 @@ def logits(model):
         return model.eval()(INPUTS).logits.float()
 
 
-@pytest.fixture(scope="module")
-def trained(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=[True, False], ids=["offset", "no offset"])
+def trained(request, tokenizer, tmp_path_factory) -> tuple[Path, Path]:
     """(the base model's folder, a checkpoint of a few steps on it)."""
     base, run = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(base)
     args = LoRAGASFTConfig(
         **sft_arguments(
-            run, learning_rate=1e-2, save_strategy="steps", save_steps=2, model_init_kwargs={"dtype": "float32"}
+            run,
+            learning_rate=1e-2,
+            save_strategy="steps",
+            save_steps=2,
+            model_init_kwargs={"dtype": "float32"},
+            ga_offset=request.param,
         )
     )
     LoRAGASFTTrainer(str(base), args, train_dataset=word_problems(), processing_class=tokenizer).train()
@@ -79,12 +84,12 @@ def test_from_the_command_line(trained, tmp_path):
     assert "Traceback" not in again.stderr + unknown.stderr
 
 
-def adapted(family: str, folder: Path, dtype=torch.float32, **lora) -> torch.Tensor:
+def adapted(family: str, folder: Path, dtype=torch.float32, offset=True, **lora) -> torch.Tensor:
     """Save a tiny base in two files and a LoRA-GA adapter for it; the logits that they give together."""
     base = tiny_model(family, dtype)
     base.save_pretrained(folder / "base", max_shard_size="100kB")
     model = get_peft_model(base, lora_config(**lora))
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=offset), disable_tqdm=True)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,6 +99,7 @@ def adapted(family: str, folder: Path, dtype=torch.float32, **lora) -> torch.Ten
     return logits(model)
 
 
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 @pytest.mark.parametrize(
     ("family", "lora"),
     [
@@ -106,8 +112,8 @@ def adapted(family: str, folder: Path, dtype=torch.float32, **lora) -> torch.Ten
     ],
     ids=["patterns", "modules_to_save", "tied", "conv1d", "lora_bias", "bias"],
 )
-def test_every_kind_of_adapter_merges(family, lora, tmp_path):
-    expected = adapted(family, tmp_path, **lora)
+def test_every_kind_of_adapter_merges(family, lora, offset, tmp_path):
+    expected = adapted(family, tmp_path, offset=offset, **lora)
     export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # float32, adapters as large as the weights: logits of order 10

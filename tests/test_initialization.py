@@ -97,6 +97,22 @@ def test_factors_are_the_papers_on_autograds_gradient(family, direction, scale):
             assert (found * signs - reference).norm() < 1e-3 * reference.norm()
 
 
+def test_without_the_offset_a0_is_the_same_and_the_alignment_is_its_own():
+    """cos(G, G A0ᵀ A0): B = 0 lets A0 alone decide where the first step goes."""
+    model, base = peft_pair()
+    batches = tiny_batches()
+    config = LoRAGAArguments(ga_estimator="exact", ga_offset=False)
+    report = initialize_lora_ga(model, batches, config, disable_tqdm=True)
+    with_offset, _ = peft_pair()
+    initialize_lora_ga(with_offset, batches, EXACT, disable_tqdm=True)
+    layers, others = delta_layers(model, "default"), delta_layers(with_offset, "default")
+    for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
+        a_RI, b_OR = layers[name].lora_A["default"].frozen, layers[name].lora_B["default"].weight
+        assert torch.equal(a_RI, others[name].lora_A["default"].frozen) and not b_OR.any()
+        # float32, and squared norms summed over singular values instead of entries
+        assert report.alignment[name] == pytest.approx(dense_reference.alignment(grad_OI, a_RI, b_OR), rel=1e-4)
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_scaling_the_loss_changes_no_factor(factor, config):
@@ -339,6 +355,13 @@ def test_after_a_failure_it_can_be_tried_again_with_other_options():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_gamma=64.0), disable_tqdm=True)
     assert model.lora_ga.options["ga_gamma"] == 64.0 and model.lora_ga.report is not None
+
+
+def test_attached_in_the_other_form():
+    model, _ = peft_pair()
+    attach_lora_ga(model, EXACT)
+    with pytest.raises(ValueError, match="`ga_offset` is False, but the adapter 'default' was attached with True"):
+        initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=False), disable_tqdm=True)
 
 
 def test_not_a_peft_model():

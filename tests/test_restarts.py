@@ -145,6 +145,21 @@ def test_nothing_to_restart():
         restart_lora_ga(model, tiny_batches(), EXACT, torch.optim.SGD(model.parameters(), lr=1.0))
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_restart_needs_the_offset(attached):
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=attached), disable_tqdm=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"`ga_offset` is {not attached}, was {attached} when.*or do not restart"):
+        restart_lora_ga(
+            model,
+            tiny_batches(),
+            LoRAGAArguments(ga_offset=not attached),
+            torch.optim.SGD(model.parameters(), lr=1.0),
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # --- in the trainer -------------------------------------------------------------------------------------------------
 
 RESTARTS = {"ga_restart_steps": 3, "ga_restart_warmup_steps": 2, "max_steps": 8, "ga_estimator": "exact"}

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_ga_trainer import LoRAGASFTTrainer
 from lora_ga_trainer.delta import delta_layers
 
+BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
 
 
@@ -45,8 +46,9 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_train_save_and_load_with_stock_peft(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=6)
+@BOTH_FORMS
+def test_train_save_and_load_with_stock_peft(make_trainer, offset, tmp_path):
+    trainer = make_trainer(max_steps=6, ga_offset=offset)
     untouched = tiny_model()
     before = {name: value.clone() for name, value in trainer.model.get_base_model().state_dict().items()}
     assert torch.equal(logits(trainer.model), logits(untouched))
@@ -226,10 +228,12 @@ def test_training_again_does_not_initialize_again(make_trainer):
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}, {"modules_to_save": ["norm"]}])
-def test_resume_is_the_uninterrupted_run(make_trainer, lora, tmp_path):
+def test_resume_is_the_uninterrupted_run(make_trainer, lora, offset, tmp_path):
     """Invariant 5, by a new trainer on a new model: the same losses and the same weights, to the bit."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "peft_config": lora_config(**lora)}
+    options["ga_offset"] = offset
     whole = make_trainer(**options)
     whole.train()
 
@@ -248,8 +252,10 @@ def test_every_checkpoint_is_an_ordinary_adapter(make_trainer):
     assert (logits(loaded) - logits(trainer.model)).abs().max() < 1e-5  # float32, see test_checkpoint
 
 
-def test_load_best_model_at_end(make_trainer, prompt_completion):
+@BOTH_FORMS
+def test_load_best_model_at_end(make_trainer, prompt_completion, offset):
     trainer = make_trainer(
+        ga_offset=offset,
         max_steps=6, learning_rate=1e-2, eval_dataset=prompt_completion, eval_strategy="steps", eval_steps=2,
         save_strategy="steps", save_steps=2, load_best_model_at_end=True, save_total_limit=3,
         metric_for_best_model="loss", greater_is_better=True,  # the highest loss: the first checkpoint, not the last

@@ -1,6 +1,7 @@
 """Checkpoints: ordinary adapters that also resume exactly.
 
-adapter_files   the rank-2R layout; saving, loading
+adapter_files   saving, loading
+layouts         how a layer's parts make up its matrices in the file, of rank 2R, or R without the offset
 state           lora_ga.json: whose checkpoint it is
 completeness    lora_ga_files.json: whether it is whole
 exporting       from a checkpoint to a bare adapter or a merged model, in one process

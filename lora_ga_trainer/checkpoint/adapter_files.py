@@ -6,6 +6,8 @@
     lora_ga.safetensors         A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file as they are, A0 is not
     lora_ga.json                the options, the adapter's own r and alpha, alignment per layer, versions; see `state`
 
+That is the form with the offset; without it the file is the adapter of rank R itself. `layouts` knows both.
+
 Shapes: O out features, I in features, R the rank that trains.
 """
 
@@ -24,60 +26,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
-from ..delta import DeltaA, DeltaB, delta_halves
+from ..delta import offset_halves
+from .layouts import LAYOUTS, Layout
 from .state import LoRAGAState, check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.safetensors"
 
 
-def portable_config(lora_config: LoraConfig, restarts: int = 0) -> LoraConfig:
-    """The `LoraConfig` of the saved file: rank n·R with n = 2·(restarts + 1), the same scaling s.
+def layout_of(peft_model: PeftModel) -> Layout:
+    return LAYOUTS[peft_model.lora_ga.options["ga_offset"]]
+
+
+def portable_config(lora_config: LoraConfig, times: int) -> LoraConfig:
+    """The `LoraConfig` of the saved file: rank n·R with n = `times`, the same scaling s.
 
     s = α/√r with rsLoRA and α/r without, so n times r takes α·√n and α·n.
     """
     portable = copy.deepcopy(lora_config)
-    times = 2 * (restarts + 1)
+    if times == 1:  # α stays the whole number that it may be
+        return portable
     factor = math.sqrt(times) if lora_config.use_rslora else times
     portable.r *= times
     portable.lora_alpha *= factor
     portable.rank_pattern = {name: times * rank for name, rank in portable.rank_pattern.items()}
     portable.alpha_pattern = {name: factor * alpha for name, alpha in portable.alpha_pattern.items()}
     return portable
-
-
-def portable_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the parts of each delta-form matrix joined into the one `weight` that PEFT reads."""
-    portable = {}
-    for key, value in state_dict.items():
-        module, _, part = key.rpartition(".")
-        if part == "trainable" and (".lora_A" in module or ".lora_B" in module):
-            join = DeltaA.join if ".lora_A" in module else DeltaB.join
-            portable[f"{module}.weight"] = join(
-                value, state_dict[f"{module}.frozen"], state_dict.get(f"{module}.history")
-            )
-        elif not (part in ("frozen", "history") and (".lora_A" in module or ".lora_B" in module)):
-            portable[key] = value
-    return portable
-
-
-def native_state_dict(portable: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `portable_state_dict`, given A0 per layer: every part comes out bit for bit.
-
-    A `history` is None where there was no restart.
-    """
-    native = {}
-    for key, value in portable.items():
-        module = key.removesuffix(".weight")
-        if key.endswith(".lora_A.weight"):
-            native[f"{module}.frozen"] = a0_RI = frozen[module.removesuffix(".lora_A")]
-            native[f"{module}.trainable"], native[f"{module}.history"] = DeltaA.split(value, len(a0_RI))
-        elif key.endswith(".lora_B.weight"):
-            rank = len(frozen[module.removesuffix(".lora_B")])
-            parts = DeltaB.split(value, rank)
-            native |= zip((f"{module}.trainable", f"{module}.frozen", f"{module}.history"), parts, strict=True)
-        else:
-            native[key] = value
-    return native
 
 
 def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
@@ -171,15 +144,20 @@ def save_pretrained(
         )
     native = adapter_state_dict(peft_model) if state_dict is None else state_dict
     native = native | histories(peft_model)
+    layout = layout_of(peft_model)
     lora_config = peft_model.peft_config[state.adapter_name]
     try:
-        peft_model.peft_config[state.adapter_name] = portable_config(lora_config, len(state.restarts))
-        stock_save(state_dict=portable_state_dict(native))
+        peft_model.peft_config[state.adapter_name] = portable_config(
+            lora_config, layout.times * (len(state.restarts) + 1)
+        )
+        stock_save(state_dict=layout.join(native))
     finally:
         peft_model.peft_config[state.adapter_name] = lora_config
     if is_main_process:
         directory = adapter_directory(save_directory, state.adapter_name)
-        save_file(frozen_factors(native, state.adapter_name), directory / FROZEN_FILE, metadata={"format": "pt"})
+        kept = layout.keep(without_adapter_name(native, state.adapter_name))
+        kept = {name: value.contiguous() for name, value in kept.items()}
+        save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
         write_state(directory, state)
 
 
@@ -199,10 +177,11 @@ def load_adapter(
         return type(peft_model).load_adapter(peft_model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
     directory = Path(model_id)
     saved = check_adapter(peft_model, directory)
-    values = native_state_dict(load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE))
+    portable, kept = load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE)
+    values = layout_of(peft_model).split(portable, kept)
     for name, parameter in adapter_parameters(peft_model, adapter_name).items():
         write_parameter(parameter, values[name])
-    for name, half in delta_halves(peft_model, adapter_name).items():
+    for name, half in offset_halves(peft_model, adapter_name).items():
         history = values[f"{name.removesuffix(f'.{adapter_name}')}.history"]
         half.history = None if history is None else history.to(compute_device(half.trainable))
     peft_model.lora_ga.report, peft_model.lora_ga.restarts = saved.report, saved.restarts
@@ -222,14 +201,13 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
         name: torch.empty(full_shape(parameter), device="meta")
         for name, parameter in adapter_parameters(peft_model, adapter_name).items()
     }
-    frozen = {
-        name.removesuffix(".lora_A.frozen"): value for name, value in native.items() if name.endswith(".lora_A.frozen")
-    }
-    portable = {name: list(value.shape) for name, value in portable_state_dict(native).items()}
+    layout = layout_of(peft_model)
+    kept = {name: list(value.shape) for name, value in layout.keep(native).items()}
+    portable = {name: list(value.shape) for name, value in layout.join(native).items()}
     for name, shape in portable.items():
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             shape[1 if ".lora_B." in name else 0] *= len(saved.restarts) + 1
-    check_tensors(directory / FROZEN_FILE, {name: list(value.shape) for name, value in frozen.items()})
+    check_tensors(directory / FROZEN_FILE, kept)
     check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, portable)
     return saved
 
@@ -237,7 +215,7 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
 def histories(peft_model: PeftModel) -> dict[str, Tensor]:
     """What restarts have frozen, on the CPU, under the names that `peft_model.state_dict()` would give it."""
     adapter_name = peft_model.lora_ga.adapter_name
-    halves = delta_halves(peft_model, adapter_name)
+    halves = offset_halves(peft_model, adapter_name)
     return {f"{name}.history": half.history.cpu() for name, half in halves.items() if half.history is not None}
 
 
@@ -246,12 +224,10 @@ def adapter_directory(save_directory: str, adapter_name: str) -> Path:
     return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
 
 
-def frozen_factors(native_state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """A0 (R×I) per layer, under the layer's module name."""
-    suffix = f".lora_A.{adapter_name}.frozen"
-    return {
-        key.removesuffix(suffix): value.contiguous() for key, value in native_state_dict.items() if key.endswith(suffix)
-    }
+def without_adapter_name(native: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """What belongs to the adapter's matrices A, under the names that PEFT gives in files."""
+    infix = f".lora_A.{adapter_name}."
+    return {key.replace(infix, ".lora_A."): value for key, value in native.items() if infix in key}
 
 
 def check_tensors(path: Path, expected: dict[str, list[int]]) -> None:

@@ -3,7 +3,7 @@
 One process, no trainer, no model in memory: the base is read and written one file at a time, so the memory needed is that of
 its largest file.
 
-Shapes: O out features, I in features, R rank in the file (twice the one that trained).
+Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
 """
 
 import json

@@ -98,8 +98,10 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
         ValueError: naming the first setting that differs, with both values.
     """
     saved = read_state(directory)
+    # an option that did not exist yet when the checkpoint was written had the effect of its default
+    defaults = {"lora": {}, "options": {option.name: option.default for option in fields(LoRAGAArguments)}}
     for group in ("lora", "options"):
-        ours, theirs = getattr(state, group), getattr(saved, group)
+        ours, theirs = getattr(state, group), defaults[group] | getattr(saved, group)
         for name in theirs:
             if name not in WITHOUT_EFFECT and ours.get(name) != theirs[name]:
                 raise ValueError(
