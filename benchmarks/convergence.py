@@ -33,8 +33,9 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import peft_lora_ga  # noqa: F401 (adds PEFT's own LoRA-GA to the methods)
 from finetune import parse
+from peft_lora_ga import with_pefts_lora_ga
+from recipe import Options, Recipe
 
 RUNS = Results("convergence")
 
@@ -93,7 +94,12 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     options = [(name, value) for name, value in settings.items() if name not in ("recipe", "threads")]
     argv = [text for name, value in options for text in (f"--{name}", str(value))]
     torch.set_num_threads(settings["threads"])
-    options = parse(recipe, argv)
+    with with_pefts_lora_ga():
+        return train_and_evaluate(recipe, parse(recipe, argv))
+
+
+def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """The run of a recipe with its options."""
     training = options.training
     training.eval_on_start, training.eval_strategy = True, "steps"
     training.output_dir = "outputs/convergence"

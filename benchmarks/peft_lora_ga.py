@@ -1,6 +1,8 @@
 """PEFT's own LoRA-GA as one more `--method` of the recipes, `peft_lora_ga`: what ours is compared with."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,4 +57,11 @@ def adapter(r: int, target_modules: list[str], **shared) -> LoraConfig:
     )
 
 
-METHODS["peft_lora_ga"] = Method(STOCK._replace(causal=PEFTLoRAGASFTTrainer), adapter)
+@contextmanager
+def with_pefts_lora_ga() -> Iterator[None]:
+    """While inside, `--method peft_lora_ga` is one of the recipes' methods. What it saves does not fit the untouched base."""
+    METHODS["peft_lora_ga"] = Method(STOCK._replace(causal=PEFTLoRAGASFTTrainer), adapter)
+    try:
+        yield
+    finally:
+        del METHODS["peft_lora_ga"]

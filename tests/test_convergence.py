@@ -10,6 +10,7 @@ import pytest
 import yaml
 from convergence_analysis import Arm, near_best, steps_to
 from finetune import parse
+from peft_lora_ga import with_pefts_lora_ga
 from recipe_cases import options, write
 from results import Results
 
@@ -159,7 +160,8 @@ def test_every_run_of_the_sweeps_at_hand_is_one_that_its_recipe_takes(name):
             if key not in ("recipe", "threads")
             for text in (f"--{key}", str(value))
         ]
-        parsed = parse(recipe, [*argv, "--bf16", "false"])  # bf16 wants the hardware
+        with with_pefts_lora_ga():
+            parsed = parse(recipe, [*argv, "--bf16", "false"])  # bf16 wants the hardware
         assert parsed.model.method == settings["method"]
     by_arm = {}
     for run in runs:
