@@ -1,6 +1,6 @@
 """What one layer keeps of its gradient G = Σ dyᵀ x while the examples stream by. Imports only torch.
 
-Shapes: O out features, I in features, N either of them, T tokens, K sketch width, H held-out columns.
+Shapes: O out features, I in features, T tokens, K sketch width, H held-out columns.
 
 Both accumulators have one interface. `passes` is how often the same examples have to stream by; in each pass every
 batch is given to `add`, then `end_pass` is called once; after the last pass `triplets` gives the result. Everything is
@@ -19,81 +19,26 @@ The relative standard error of the missed energy is at most √(2/8) = 50 %, and
 """
 
 
-class TokenEnergy:
-    """How the gradients of single tokens, g = dy xᵀ (O×I), lie along directions on either side.
-
-    G = Σ g cancels much of what its terms hold; they tell how sensitive the loss is along a direction. For orthonormal V (I×K)
-    and U (O×K) it sums over tokens
-
-        right_KK = Σ ‖dy‖² (Vᵀx)(Vᵀx)ᵀ = Σ (gV)ᵀ(gV)        left_KK = Σ ‖x‖² (Uᵀdy)(Uᵀdy)ᵀ        total = Σ ‖g‖²
-    """
-
-    def __init__(self, u_OK: Tensor, v_IK: Tensor):
-        self.u_OK, self.v_IK = u_OK, v_IK
-        K = u_OK.shape[1]
-        self.left_KK, self.right_KK, self.total = (u_OK.new_zeros(shape) for shape in ((K, K), (K, K), (1,)))
-
-    def add(self, x_TI: Tensor, dy_TO: Tensor, x_TK: Tensor, dy_TK: Tensor) -> None:
-        """`x_TK` is x V and `dy_TK` is dy U."""
-        x_norm_T1, dy_norm_T1 = x_TI.norm(dim=1, keepdim=True), dy_TO.norm(dim=1, keepdim=True)
-        right_TK, left_TK = x_TK * dy_norm_T1, dy_TK * x_norm_T1
-        self.right_KK.addmm_(right_TK.T, right_TK)
-        self.left_KK.addmm_(left_TK.T, left_TK)
-        self.total += (x_norm_T1 * dy_norm_T1).square().sum()
-
-    def sums(self) -> list[Tensor]:
-        return [self.left_KK, self.right_KK, self.total]
-
-    def of(self, triplets: SingularTriplets) -> SingularTriplets:
-        """`triplets` with the energy along each of their vectors, relative to the mean over all directions."""
-        return triplets._replace(
-            left_energy_K=_along(triplets.u_OK, self.u_OK, self.left_KK) / self.total,
-            right_energy_K=_along(triplets.v_IK, self.v_IK, self.right_KK) / self.total,
-        )
-
-
-def _along(directions_NK: Tensor, basis_NK: Tensor, gram_KK: Tensor) -> Tensor:
-    """N · dᵀ (B gram Bᵀ) d for each direction d, taken as its part in the span of B, at length 1."""
-    coordinates_KK = basis_NK.T @ directions_NK
-    energy_K = ((gram_KK @ coordinates_KK) * coordinates_KK).sum(dim=0) / coordinates_KK.square().sum(dim=0)
-    return len(basis_NK) * energy_K
-
-
 class ExactGradient:
-    """The whole gradient G (O×I, float32). The reference, and the smaller of the two for small layers.
+    """The whole gradient G (O×I, float32). The reference, and the smaller of the two for small layers."""
 
-    Args:
-        energy_of: for how many triplets the tokens' energy along them is wanted; it takes a second pass.
-    """
-
-    def __init__(self, out_features: int, in_features: int, device: torch.device, energy_of: int = 0):
-        self.passes = 2 if energy_of else 1
-        self.energy_of = energy_of
-        self.grad_OI: Tensor | None = torch.zeros(out_features, in_features, device=device)
-        self.energy: TokenEnergy | None = None
+    def __init__(self, out_features: int, in_features: int, device: torch.device):
+        self.passes = 1
+        self.grad_OI = torch.zeros(out_features, in_features, device=device)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
-        """G += dyᵀ x; in a second pass the energy of the tokens."""
-        if self.energy is None:
-            self.grad_OI.addmm_(dy_TO.T, x_TI)
-        else:
-            self.energy.add(x_TI, dy_TO, x_TI @ self.energy.v_IK, dy_TO @ self.energy.u_OK)
+        """G += dyᵀ x."""
+        self.grad_OI.addmm_(dy_TO.T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
-        return [self.grad_OI] if self.energy is None else self.energy.sums()
+        return [self.grad_OI]
 
     def end_pass(self) -> None:
-        if self.energy_of and self.energy is None:
-            self.found = self._triplets(self.energy_of)
-            self.energy = TokenEnergy(self.found.u_OK, self.found.v_IK)
-            self.grad_OI = None
+        pass
 
     def triplets(self, k: int) -> SingularTriplets:
-        """The first k singular triplets of G, from a full SVD; k is `energy_of` where that was asked for."""
-        return self._triplets(k) if self.energy is None else self.energy.of(self.found)
-
-    def _triplets(self, k: int) -> SingularTriplets:
+        """The first k singular triplets of G, from a full SVD."""
         u_OM, s_M, vt_MI = torch.linalg.svd(self.grad_OI, full_matrices=False)
         # clone: a slice would keep the full factors alive
         return SingularTriplets(
@@ -125,24 +70,12 @@ class GradientSketch:
 
     Args:
         width: K, at most half of min(O, I).
-        passes: how often the examples stream by, at least 1; at least 2 for `energy`.
+        passes: how often the examples stream by, at least 1.
         seed: of the Gaussian matrices; give each layer its own.
-        energy: whether the tokens' energy along the triplets is wanted; the last pass sums it besides.
     """
 
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        width: int,
-        passes: int,
-        seed: int,
-        device: torch.device,
-        energy: bool = False,
-    ):
+    def __init__(self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device):
         self.width, self.passes, self.passes_done = width, passes, 0
-        self.energy_wanted = energy
-        self.energy: TokenEnergy | None = None
         self.seed, self.device = seed, device
         self.left_OK = self._gaussian(out_features, width, stream=2)
         # the test columns go along with the first P
@@ -163,15 +96,12 @@ class GradientSketch:
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
-        x_TK, dy_TK = x_TI @ self.right_IK, dy_TO @ self.left_OK
-        self.range_OK.addmm_(dy_TO.T, x_TK)
-        self.corange_KI.addmm_(dy_TK.T, x_TI)
-        if self.energy is not None:
-            self.energy.add(x_TI, dy_TO, x_TK, dy_TK)
+        self.range_OK.addmm_(dy_TO.T, x_TI @ self.right_IK)
+        self.corange_KI.addmm_((dy_TO @ self.left_OK).T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
-        return [self.range_OK, self.corange_KI, *([] if self.energy is None else self.energy.sums())]
+        return [self.range_OK, self.corange_KI]
 
     def end_pass(self) -> None:
         """Turn what this pass summed into the bases that the next pass multiplies with."""
@@ -183,8 +113,6 @@ class GradientSketch:
         if self.passes_done < self.passes:
             self.left_OK, self.right_IK = torch.linalg.qr(self.range_OK).Q, torch.linalg.qr(self.corange_KI.T).Q
             self._start_sums()
-        if self.energy_wanted and self.passes_done == self.passes - 1:
-            self.energy = TokenEnergy(self.left_OK, self.right_IK)
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
@@ -202,8 +130,7 @@ class GradientSketch:
         # ‖G‖² = what the projection holds + what it misses; E‖Mω‖² = ‖M‖² for a Gaussian ω.
         squared_norm = s_K.square().sum() + missed_OH.square().sum() / HELD_OUT_COLUMNS
         # clone: a slice would keep all columns alive
-        found = SingularTriplets(u_OK[:, :k].clone(), s_K[:k].clone(), v_IK[:, :k].clone(), squared_norm.sqrt().item())
-        return found if self.energy is None else self.energy.of(found)
+        return SingularTriplets(u_OK[:, :k].clone(), s_K[:k].clone(), v_IK[:, :k].clone(), squared_norm.sqrt().item())
 
 
 def _svd_from_both_sides(q_OK: Tensor, y_OK: Tensor, p_IK: Tensor, z_KI: Tensor) -> tuple[Tensor, Tensor, Tensor]:

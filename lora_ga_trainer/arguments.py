@@ -37,13 +37,11 @@ class LoRAGAArguments:
             `"A2rBr"` the reverse, `"ArBr"` A the odd and B the even ones (counted from 0), `"random"` two disjoint
             random sets. `"gaussian"` is the paper's ablation: random vectors instead of singular ones.
         ga_scale (`str`, *optional*, defaults to `"stable"`):
-            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ,
-            `"isotropic"` the same for vectors shrunk by how much more than on average the gradients of single tokens lie
-            along them (not the paper's; takes a second pass with `ga_estimator="exact"`), `"unit"` 1, `"gd"` 1/s,
+            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ, `"unit"` 1, `"gd"` 1/s,
             `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
             and √(O/I) for B0 (the paper's ablation).
         ga_gamma (`float`, *optional*, defaults to `16.0`):
-            γ of the scales `stable` and `isotropic`. Larger values start from smaller factors.
+            γ of the `stable` scale. Larger values start from smaller factors.
         ga_offset (`bool`, *optional*, defaults to `True`):
             Whether B starts at B0, and s·B0 A0 is subtracted, as in the paper. `False`: B starts at zero, as in LoRA, so that
             nothing is to be subtracted: training costs what LoRA's does, and the saved adapter has rank r instead of 2·r.
@@ -86,7 +84,7 @@ class LoRAGAArguments:
     ga_scale: str = field(
         default="stable",
         metadata={
-            "help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `isotropic`, `unit` 1, `gd`, `weight_svd`, `gaussian`."
+            "help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
         },
     )
     ga_gamma: float = field(
@@ -125,16 +123,6 @@ class LoRAGAArguments:
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
         self._check_choice("ga_scale", get_args(Scale))
-        if self.ga_scale == "isotropic" and self.ga_estimator == "sketch" and self.ga_sketch_passes == 1:
-            raise ValueError(
-                "`ga_scale` is 'isotropic', which measures the gradients of tokens along the directions that a first pass has "
-                "found, but `ga_sketch_passes` is 1. Set it to 2 or more, or choose the paper's `ga_scale='stable'`."
-            )
-        if self.ga_scale == "isotropic" and self.ga_direction == "gaussian":
-            raise ValueError(
-                "`ga_scale` is 'isotropic', which shrinks singular vectors, but `ga_direction` is 'gaussian', which takes "
-                "none. Choose another of the two."
-            )
         if not isinstance(self.ga_offset, bool):
             raise ValueError(
                 f"`ga_offset` is {self.ga_offset!r}, but must be True (the paper's form) or False (B from zero)."

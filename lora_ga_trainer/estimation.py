@@ -97,11 +97,9 @@ def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoR
     """
     O, I, device = layer.out_features, layer.in_features, compute_device(layer.lora_A[adapter_name].trainable)
     width = sketch_width(name, layer, adapter_name, config)
-    energy = config.ga_scale == "isotropic"
     if config.ga_estimator == "exact" or 2 * width * (O + I) >= O * I:
-        return ExactGradient(O, I, device, energy_of=2 * layer.r[adapter_name] if energy else 0)
-    seed = layer_seed(name, config.ga_seed)
-    return GradientSketch(O, I, width, config.ga_sketch_passes, seed, device, energy)
+        return ExactGradient(O, I, device)
+    return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)
 
 
 def layer_seed(name: str, seed: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random", "gaussian"]
-Scale = Literal["stable", "isotropic", "unit", "gd", "weight_svd", "gaussian"]
+Scale = Literal["stable", "unit", "gd", "weight_svd", "gaussian"]
 
 
 class SingularTriplets(NamedTuple):
@@ -22,11 +22,6 @@ class SingularTriplets(NamedTuple):
     v_IK: Tensor
     gradient_norm: float
     """Frobenius norm of the whole G, triplets that were cut off included."""
-    left_energy_K: Tensor | None = None
-    """O · Σ ‖uᵢᵀg‖² / Σ ‖g‖² over the gradients g of single tokens: 1 if they lie along uᵢ as along any direction, on average.
-    None: not measured."""
-    right_energy_K: Tensor | None = None
-    """I · Σ ‖g vᵢ‖² / Σ ‖g‖²."""
 
 
 class Factors(NamedTuple):
@@ -42,8 +37,6 @@ class Scales(NamedTuple):
 
     c_A: float
     c_B: float
-    equalized: bool = False
-    """Whether each vector is shrunk first, by `equalized`."""
 
 
 class UnitVectors(NamedTuple):
@@ -82,20 +75,6 @@ def _picked(triplets: SingularTriplets, picks_A: Tensor, picks_B: Tensor) -> Uni
     return UnitVectors(triplets.v_IK[:, picks_A.to(device)].T, triplets.u_OK[:, picks_B.to(device)])
 
 
-def equalized(triplets: SingularTriplets) -> SingularTriplets:
-    """The triplets with uᵢ / √max(1, lᵢ) and vᵢ / √max(1, rᵢ) for uᵢ and vᵢ, where lᵢ, rᵢ are the energies along them.
-
-    The paper's stable scale assumes isotropic x and dy (theorem 3.2). Real ones vary most along just these directions: along v₁
-    of SmolLM2-135M's layers about a hundred times as much as on average, so that the first row of A0 x swamps the others, and
-    the learning rate is limited to what it bears. Shrunk so, the gradients of single tokens reach dA and dB with
-    the size that the theory has in mind, through every row of A0 and every column of B0.
-    """
-    return triplets._replace(
-        u_OK=triplets.u_OK / triplets.left_energy_K.clamp(min=1).sqrt(),
-        v_IK=triplets.v_IK / triplets.right_energy_K.clamp(min=1).sqrt(),
-    )
-
-
 DIRECTIONS: dict[str, Callable[[SingularTriplets, int, torch.Generator], UnitVectors]] = {
     "ArB2r": _first_then_second,
     "A2rBr": _second_then_first,
@@ -125,7 +104,6 @@ def scale_factors(
 
     - `stable`: c = O^¼ / √γ, which keeps the adapter's output on one scale as O and r grow (paper section 3.3,
       theorem 3.2; γ of its section 4.1).
-    - `isotropic`: the same c, after `equalized`; not the paper's.
     - `unit`: c = 1 (the paper's "+GA" ablation).
     - `gd`: c = 1 / s, with s the adapter's scaling.
     - `weight_svd`: c = mean over i < r of √(σᵢ(W) / s).
@@ -134,21 +112,19 @@ def scale_factors(
 
     Args:
         scaling: PEFT's `scaling` of the layer; with rsLoRA s = α/√r (the paper's η).
-        gamma: γ, used by `stable` and `isotropic` only.
+        gamma: γ, used by `stable` only.
         weight_singular_values: called by `weight_svd` only; returns the singular values of W, descending.
     """
     if scale == "gaussian":
         return Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
-    stable = out_features**0.25 / math.sqrt(gamma)
     formulas: dict[str, Callable[[], float]] = {
-        "stable": lambda: stable,
-        "isotropic": lambda: stable,
+        "stable": lambda: out_features**0.25 / math.sqrt(gamma),
         "unit": lambda: 1.0,
         "gd": lambda: 1.0 / scaling,
         "weight_svd": lambda: (weight_singular_values()[:rank] / scaling).sqrt().mean().item(),
     }
     c = formulas[scale]()
-    return Scales(c, c, equalized=scale == "isotropic")
+    return Scales(c, c)
 
 
 def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:
@@ -182,7 +158,6 @@ def lora_ga_factors(
     Args:
         generator: a CPU generator, drawn from by the directions `random` and `gaussian` only.
     """
-    vectors = equalized(triplets) if scales.equalized else triplets
-    rows_RI, columns_OR = DIRECTIONS[direction](vectors, rank, generator)
+    rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
     a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
     return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR))

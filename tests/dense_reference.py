@@ -40,22 +40,6 @@ def factors(grad_OI, rank, direction, c):
     return a, b
 
 
-def isotropic_factors(x_TI, dy_TO, rank, c):
-    """(A0, B0) of "ArB2r", each vector divided by the root of how much more of the tokens' gradients lies along it than along
-    the average direction, if it does. The gradient of every token is formed."""
-    token_grads_TOI = dy_TO.double()[:, :, None] * x_TI.double()[:, None, :]
-    a, b = factors(token_grads_TOI.sum(dim=0), rank, "ArB2r", c)
-
-    def shrunk(vector, products, dimensions):
-        mean_energy = token_grads_TOI.square().sum() / dimensions
-        return vector / max(1.0, products.square().sum() / mean_energy) ** 0.5
-
-    (_, O, I) = token_grads_TOI.shape
-    rows = [shrunk(row, token_grads_TOI @ (row / row.norm()), I) for row in a]
-    columns = [shrunk(column, (column / column.norm()) @ token_grads_TOI, O) for column in b.T]
-    return torch.stack(rows), torch.stack(columns, dim=1)
-
-
 def alignment(grad_OI, a_RI, b_OR):
     """cos(G, B0 B0ᵀ G + G A0ᵀ A0), entry by entry."""
     grad, a, b = grad_OI.double(), a_RI.double(), b_OR.double()

@@ -52,19 +52,6 @@ def test_command_line_and_yaml(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ga_sketch_passes": 1}, "`ga_sketch_passes` is 1"),
-        ({"ga_direction": "gaussian"}, "`ga_direction` is 'gaussian'"),
-    ],
-)
-def test_the_isotropic_scale_needs_singular_vectors_and_a_pass_to_measure_along_them(options, message):
-    with pytest.raises(ValueError, match=message):
-        LoRAGAArguments(ga_scale="isotropic", **options)
-    assert LoRAGAArguments(ga_scale="isotropic", ga_estimator="exact", ga_sketch_passes=1).ga_scale == "isotropic"
-
-
 def test_restarts_need_the_offset():
     with pytest.raises(ValueError, match="`ga_restart_steps` is 5, but `ga_offset` is False.*Leave out one of the two"):
         LoRAGAArguments(ga_offset=False, ga_restart_steps=5)
@@ -81,7 +68,7 @@ def test_restarts_need_the_offset():
         ("ga_sketch_passes", 0, "whole number of at least 1"),
         ("ga_sketch_size", 1, "whole number of at least 2; leave it out"),
         ("ga_direction", "ArB", "one of 'ArB2r', 'A2rBr', 'ArBr', 'random', 'gaussian'"),
-        ("ga_scale", "stabel", "one of 'stable', 'isotropic', 'unit', 'gd', 'weight_svd'"),
+        ("ga_scale", "stabel", "one of 'stable', 'unit', 'gd', 'weight_svd'"),
         ("ga_gamma", 0.0, "finite number above 0"),
         ("ga_gamma", -1, "finite number above 0"),
         ("ga_gamma", float("nan"), "finite number above 0"),

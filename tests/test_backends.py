@@ -50,12 +50,7 @@ def make_runs(model: str) -> list[Run]:
             | {"gradient_checkpointing": True, "ga_estimator": "sketch", "ga_sketch_size": 10, "ga_num_samples": 5},
             {"r": 3, "modules_to_save": ["norm", "embed_tokens"]},
         ),
-        Run(
-            "accumulation",
-            model,
-            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "ga_scale": "isotropic"},
-            {"r": 2},
-        ),
+        Run("accumulation", model, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {"r": 2}),
         # each process averages over its own tokens; the estimation still averages over all of them
         Run("own_average", model, {"average_tokens_across_devices": False, "ga_scale": "weight_svd"}, {"r": 2}),
         # the largest loss as the best: that of the first checkpoint, which is from before the restart

@@ -17,12 +17,6 @@ from lora_ga_trainer.estimation import estimate_gradients, language_model_loss, 
 from lora_ga_trainer.initialization import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
-CONFIGURATIONS = {
-    "exact": EXACT,
-    "sketch": LoRAGAArguments(ga_sketch_size=10),
-    "exact, isotropic": LoRAGAArguments(ga_estimator="exact", ga_scale="isotropic"),
-    "sketch, isotropic": LoRAGAArguments(ga_sketch_size=10, ga_scale="isotropic"),
-}
 
 
 def state(model):
@@ -114,7 +108,7 @@ def test_without_the_offset_a0_is_the_same_and_the_alignment_is_its_own():
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
 def test_scaling_the_loss_changes_no_factor(factor, config):
     def factors(scale):
         model, _ = peft_pair()
@@ -144,7 +138,7 @@ def test_fp16_gradients_do_not_underflow():
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 8, (8,), (5, 3)])
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
 def test_factors_do_not_depend_on_batching(config, sizes):
     def factors(sizes):
         model, _ = peft_pair()
@@ -152,26 +146,6 @@ def test_factors_do_not_depend_on_batching(config, sizes):
         return step_directions(model)
 
     assert largest_difference(factors(sizes), factors((4, 4))) < 1e-3  # rounding over the gaps, as above
-
-
-def test_isotropic_factors_only_shrink():
-    """Each vector has the direction that `stable` gives it, and a length of at most c; in a real layer some are shorter."""
-    models = {}
-    for scale in ("stable", "isotropic"):
-        models[scale], _ = peft_pair()
-        config = LoRAGAArguments(ga_estimator="exact", ga_scale=scale)
-        initialize_lora_ga(models[scale], tiny_batches(), config, disable_tqdm=True)
-    shares = []
-    for stable, isotropic in zip(*(delta_layers(model, "default").values() for model in models.values()), strict=True):
-        for half, dim in (("lora_A", 1), ("lora_B", 0)):
-            full, shrunk = (getattr(layer, half)["default"].frozen for layer in (stable, isotropic))
-            shares.append(shrunk.norm(dim=dim) / full.norm(dim=dim))
-            # the same vectors, up to the sign of each pair; float32 throughout
-            cosines = (full * shrunk).sum(dim=dim) / (full.norm(dim=dim) * shrunk.norm(dim=dim))
-            assert cosines.abs().min() > 1 - 1e-4
-    shares = torch.cat(shares)
-    assert shares.max() < 1 + 1e-4
-    assert shares.min() < 0.9
 
 
 def test_the_sketch_is_really_used_and_near_exact():
