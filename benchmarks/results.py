@@ -29,8 +29,8 @@ class Results:
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished run that has exactly these values for these settings."""
-        return next((run for run in self.runs() if settings.items() <= run["settings"].items()), None)
+        """The finished run that had these settings and no others."""
+        return next((run for run in self.runs() if run["settings"] == settings), None)
 
     def measure(self, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The finished run with `settings`, or what `run` finds now, appended."""
