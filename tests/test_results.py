@@ -30,3 +30,10 @@ def test_a_finished_run_is_not_made_again(tmp_path):
 
 def test_a_table_in_markdown():
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_a_run_with_more_settings_is_another_run(tmp_path):
+    results = Results("runs", tmp_path)
+    results.append({"settings": {"method": "lora_ga", "ga_offset": False}, "loss": 1})
+    assert results.find({"method": "lora_ga"}) is None
+    assert results.find({"ga_offset": False, "method": "lora_ga"})["loss"] == 1
