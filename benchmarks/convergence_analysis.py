@@ -23,7 +23,7 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         at_least = "≥ " if self.open_low or self.open_high else ""
-        return f"{at_least}{self.decades:.2f} ({self.low:.1g} to {self.high:.1g})"
+        return f"{at_least}{self.decades:.2f} ({self.low:.2g} to {self.high:.2g})"
 
 
 def final_loss(run: Run) -> float:
@@ -36,7 +36,7 @@ def near_best(losses: dict[float, float], tolerance: float = 0.05) -> Range:
     """Where the loss is at most (1 + `tolerance`) times its minimum, linear in log(learning rate) between the points.
 
     >>> str(near_best({1e-4: 2.0, 1e-3: 1.0, 1e-2: 2.0}, tolerance=0.5))
-    '1.00 (0.0003 to 0.003)'
+    '1.00 (0.00032 to 0.0032)'
     """
     rates = sorted(losses)
     best = min(rates, key=losses.__getitem__)
