@@ -11,11 +11,10 @@ CPU = torch.device("cpu")
 
 
 def test_it_sees_a_passing_peak():
-    with peak_memory(CPU) as peak:
-        # straight from the kernel: malloc may have 200 MB left from earlier tests, and hand out those
-        with mmap.mmap(-1, 200_000_000) as passing:
-            for start in range(0, len(passing), mmap.PAGESIZE):
-                passing[start] = 1
+    # straight from the kernel: malloc may have 200 MB left from earlier tests, and hand out those
+    with peak_memory(CPU) as peak, mmap.mmap(-1, 200_000_000) as passing:
+        for start in range(0, len(passing), mmap.PAGESIZE):
+            passing[start] = 1
     if peak.extra_bytes is None:
         pytest.skip("this system offers no peak that can be reset")
     # pages of code may be loaded meanwhile: 10 %
