@@ -99,14 +99,14 @@ def plot(task: str, task_arms: list[Arm]) -> Path:
         for axis, rate, along in (
             (steps, arm.best_rate, "step"), (seconds, arm.best_rate, "seconds"), (usual, USUAL_RATES[-1], "step")
         ):  # fmt: skip
-            for number, run in enumerate(arm.at(rate)):
+            for index_of_seed, run in enumerate(arm.at(rate)):
                 curve = run["held_out"]
                 offset = run["init"].get("ga/init_seconds", 0.0) if along == "seconds" else 0
                 axis.plot(
                     [offset + point[along] for point in curve],
                     [point["loss"] for point in curve],
-                    label=f"{arm.label}, lr {rate:g}" if number == 0 else None,
-                    alpha=1 if number == 0 else 0.45,
+                    label=f"{arm.label}, lr {rate:g}" if index_of_seed == 0 else None,
+                    alpha=1 if index_of_seed == 0 else 0.45,
                     **look,
                 )
     by_rate.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss after the last step, nats/token")

@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from hardware import device_name
+from memory_environment import MALLOC
 from models import Batches, add_model_arguments, lora_config, make_model
 from peft import LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -150,22 +152,18 @@ def measure_all(args: Namespace, results: Results) -> dict[str, dict[str, Any]]:
     names = ("model", "samples", "batch_size", "max_length")
     settings = {name: getattr(args, name) for name in names} | {"r": RANK, "hardware": device_name()}
     settings |= {} if args.model == "smollm2" else {"layers": args.layers}
-    wanted = [("memory", {"variant": variant, "round": "memory"}) for variant in (TRAINING, *args.variants)]
-    wanted += [("time", {"variant": v, "round": number}) for number in range(args.rounds) for v in args.variants]
+    wanted = [{"variant": variant, "round": "memory"} for variant in (TRAINING, *args.variants)]
+    wanted += [{"variant": variant, "round": number} for number in range(args.rounds) for variant in args.variants]
     gradient = results.find(settings | {"variant": GRADIENT})
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
-
-        def measure(variant: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-            keywords = {} if environment is None else {"environment": environment}
-            return run_variant(variant, sys.argv[1:], work, **keywords)
-
-        if gradient is None or any(results.find(settings | key) is None for _, key in wanted):
+        measure = partial(run_variant, arguments=sys.argv[1:], work=work)
+        if gradient is None or any(results.find(settings | key) is None for key in wanted):
             fresh = measure(GRADIENT)  # its files are needed for every alignment
             gradient = results.measure(settings | {"variant": GRADIENT}, lambda: fresh)
-        for kind, key in wanted:
-            environment = {} if kind == "time" else None
-            run = results.measure(settings | key, lambda key=key, env=environment: measure(key["variant"], env))
+        for key in wanted:
+            environment = MALLOC if key["round"] == "memory" else {}
+            run = results.measure(settings | key, partial(measure, key["variant"], environment=environment))
             found.setdefault(key["variant"], {})[key["round"]] = run
     return found | {GRADIENT: gradient}
 
