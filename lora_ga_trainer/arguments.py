@@ -214,7 +214,9 @@ OTHER_METHODS = {
     "velora_config": "VeLoRA compresses the activations that the gradient needs",
     "monteclora_config": "MonteCLoRA samples the factors",
     "kasa_config": "KaSA adds singular values to the factors",
-    "target_parameters": "parameters outside of linear layers have no input that the probe could see",
+    "target_parameters": "parameters outside of linear layers have no input that the probe could see. The experts of a "
+    'Mixture-of-Experts model are such parameters, and PEFT makes this field of "all-linear", "gate_proj" and the like; name '
+    'the linear layers instead, for example `target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]`',
     "megatron_config": "Megatron's parallel layers split the factors",
 }
 """Fields of `LoraConfig` that change what an adapter computes, so that LoRA-GA's factors would mean something else."""

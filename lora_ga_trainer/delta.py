@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
 from .backends import compute_device, full_tensor, is_sharded, write_parameter
@@ -198,8 +199,15 @@ def _freeze_initial_factors(layer: LoraLayer) -> None:
             half.frozen.requires_grad_(False)
 
 
+def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter stands beside y = W x. For embeddings and convolutions PEFT makes no `nn.Linear` as A; torch's own
+    attention module gets one, but runs on the sum of its weight and the adapter's, as one of several products."""
+    has_linear_A = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
+    return has_linear_A and not isinstance(layer, MultiheadAttention)
+
+
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
-    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+    if not _is_linear(layer, adapter_name):
         raise ValueError(
             f"LoRA-GA cannot initialize {name} ({type(layer).__name__}): it needs the gradient of a weight that "
             "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
@@ -213,10 +221,12 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         )
     rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
     if rank > largest:
+        leaf = name.split(".")[-1]
+        smaller = f"Lower `r`, or set `rank_pattern={{{leaf!r}: {largest}}}` for this layer, or exclude it"
         raise ValueError(
             f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
-            f"singular vectors of its gradient, so r can be {largest} at most. Lower `r`, or set "
-            f"`rank_pattern={{{name.split('.')[-1]!r}: {largest}}}` for this layer, or exclude it."
+            f"singular vectors of its gradient, so r can be {largest} at most. "
+            f"{smaller if largest else 'Exclude it'}: `exclude_modules=[{leaf!r}]`."
         )
     if layer.lora_B[adapter_name].weight.any():
         raise ValueError(

@@ -35,7 +35,9 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return output.view_as(output)
+        # The same memory under a new name. Not `view_as`: autograd forbids changing the view of a custom function in place, as
+        # Falcon does with what its layers return. Nobody else holds `output`.
+        return output.detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -53,22 +55,30 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
 
     Yields:
         the anchor of all taps: a backward that is to reach nothing else can ask for its gradient.
+
+    Raises:
+        ValueError: from the forward, where a layer returns something else than y = W x, such as Llama 4's router.
     """
     anchor = torch.zeros((), requires_grad=True)
 
-    def tap(receive: Callable[[Tensor, Tensor], None]):
+    def tap(name: str, receive: Callable[[Tensor, Tensor], None]):
         def receive_2d(x: Tensor, dy: Tensor) -> None:
             with torch.autocast(dy.device.type, enabled=False):
                 receive(x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float())
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"LoRA-GA cannot initialize {name}: its forward returns a {type(output).__name__} instead of the product "
+                    f"of its weight and its input. Leave it out with `exclude_modules=[{name.split('.')[-1]!r}]`."
+                )
             return _Tap.apply(output, args[0].detach(), anchor, receive_2d)
 
         return hook
 
     with ExitStack() as stack:
         for name, receive in receivers.items():
-            stack.callback(layers[name].register_forward_hook(tap(receive)).remove)
+            stack.callback(layers[name].register_forward_hook(tap(name, receive)).remove)
         yield anchor
 
 
