@@ -53,6 +53,10 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
     dy is the gradient at the output of the whole PEFT layer, which is that of W plus that of its adapter, so also the
     gradient at the output of W.
 
+    A layer that runs several times in a forward gives each of its calls, and the sum is its gradient. Where W is shared with
+    another module, such as the head's with the embedding, what that one does with W does not count: the adapter stands
+    beside this layer's W x only, so the share of this layer is what its first step can follow.
+
     Yields:
         the anchor of all taps: a backward that is to reach nothing else can ask for its gradient.
 

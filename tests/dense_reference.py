@@ -62,7 +62,7 @@ def weight_gradient(named_weights, losses):
 
 
 def token_mean_loss(logits_BTV, labels_BT, num_tokens, ahead=1):
-    """Negative log-likelihood of the label tokens, token by token, over `num_tokens`; logits predict the label `ahead` of them."""
+    """Negative log-likelihood of the label tokens, token by token, over `num_tokens`; the logits predict what is `ahead`."""
     log_probs = torch.log_softmax(logits_BTV.float(), dim=-1)
     total = 0.0
     for row in range(labels_BT.shape[0]):

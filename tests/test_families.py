@@ -39,7 +39,7 @@ from transformers import (
     T5Config,
 )
 
-from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.initialization import attach_lora_ga
 
@@ -107,7 +107,7 @@ FAMILIES = {  # a configuration, and what is targeted
         "all-linear",
     ),
     # State spaces: PEFT refuses `out_proj`, which their kernels read as a bare weight; here `dt_proj` is read so, too
-    "mamba": (lambda: MambaConfig(**TOKENS | MAMBA), ["in_proj", "x_proj"]),
+    "mamba": (lambda: MambaConfig(**TOKENS | MAMBA, time_step_rank=6), ["in_proj", "x_proj"]),
     "mamba2": (
         lambda: Mamba2Config(**TOKENS | MAMBA, num_heads=4, head_dim=12, n_groups=2, expand=2, chunk_size=8),
         ["in_proj"],
@@ -164,7 +164,9 @@ def test_the_logits_are_the_bases_bit_for_bit(family):
     assert torch.equal(logits(model), logits(base))
     layers = delta_layers(model, "default")
     assert report.alignment.keys() == layers.keys()
-    assert all(layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any() for layer in layers.values())
+    assert all(
+        layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any() for layer in layers.values()
+    )
     if FAMILIES[family][1] == "all-linear":  # really all of them, but the head
         linear = [
             name
@@ -201,3 +203,70 @@ def test_stock_peft_loads_what_was_trained(family, tmp_path):
     tolerance = 1e-5 * untrained.abs().max()
     assert (logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)) - trained).abs().max() < tolerance
     assert (trained - untrained).abs().max() > 1000 * tolerance, "training changed nothing, so this shows nothing"
+
+
+# --- what is refused, by name and with what to do instead --------------------------------------------------------------
+
+IDLE_EXPERTS = SwitchTransformersConfig(
+    vocab_size=VOCABULARY, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=4,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=40, decoder_start_token_id=0,
+)  # fmt: skip
+"""Forty experts a layer, for fewer tokens than that."""
+LLAMA4 = Llama4TextConfig(**GROUPED, intermediate_size_mlp=40, num_local_experts=4, moe_layers=[1])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "gate_proj", "up_proj", "w1", "w3"]])
+def test_experts_that_are_no_layers_are_refused(family, target_modules):
+    """PEFT turns these into parameters to train. Without the experts "all-linear" would not be what was asked for."""
+    with pytest.raises(ValueError, match=r'target_parameters=.*Mixture-of-Experts.*name the linear layers .*"q_proj"'):
+        attach_lora_ga(pair(family, target_modules)[0], CONFIG)
+
+
+def test_they_are_refused_when_the_trainer_is_made(sft_config, prompt_completion, tokenizer):
+    with pytest.raises(ValueError, match="target_parameters=.*Mixture-of-Experts"):
+        LoRAGASFTTrainer(
+            model=random_model(FAMILIES["mixtral"][0]()),
+            args=sft_config(),
+            train_dataset=prompt_completion,
+            processing_class=tokenizer,
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "message"),
+    [
+        # its weight is read as a bare one, so in PEFT a LoRA on it does nothing at all
+        (
+            FAMILIES["mamba"][0](),
+            {"target_modules": ["in_proj", "dt_proj"]},
+            r"2 of 4 target layers get no gradient .*layers.0.mixer.dt_proj.*exclude_modules",
+        ),
+        (IDLE_EXPERTS, {}, r"target layers get no gradient .*experts.expert_\d+\.w[io].*more samples"),
+        # a router that also says which experts: PEFT itself could not run a LoRA on it
+        (LLAMA4, {}, r"layers.1.feed_forward.router: its forward returns a tuple .*exclude_modules=\['router'\]"),
+        (
+            FAMILIES["qwen2_moe"][0](),
+            {},
+            r"rank 2 is too large for .*shared_expert_gate \(1×24\).* r can be 0 at most. "
+            r"Exclude it: `exclude_modules=\['shared_expert_gate'\]`",
+        ),
+    ],
+    ids=["mamba", "idle experts", "llama4", "one output"],
+)
+def test_what_has_no_gradient_of_its_own_is_named(config, lora, message):
+    """… and the model still computes the base function, and takes another adapter."""
+    base = random_model(config).eval()
+    lora = lora_config(r=2, task_type=None, **lora)
+    model = get_peft_model(copy.deepcopy(base), lora)
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_ga(model, tiny_batches((2,)), CONFIG, disable_tqdm=True)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    refused = ["dt_proj", "experts", "router", "shared_expert_gate"]
+    other = lora_config(
+        r=2, task_type=None, target_modules=lora.target_modules, exclude_modules=rf".*({'|'.join(refused)}).*"
+    )
+    again = get_peft_model(model.unload(), other)
+    initialize_lora_ga(again, tiny_batches((2,)), CONFIG, disable_tqdm=True)
+    assert torch.equal(logits(again), logits(base))

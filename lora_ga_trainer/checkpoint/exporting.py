@@ -167,10 +167,10 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
 
 
 def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
-    """Refuse an adapter that replaces one of two tied weights: in the base's files the other would follow it.
+    """Refuse an adapter for one of two tied weights: in the base's files the other would follow it.
 
     Raises:
-        ValueError: embedding and head share their weight, and one of them was trained by itself.
+        ValueError: embedding and head share their weight, and one of them was trained by itself or has a LoRA.
     """
     if not skeleton.config.tie_word_embeddings:
         return
@@ -180,6 +180,12 @@ def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
             raise ValueError(
                 f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
                 "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
+        if module in tied and f"{PREFIX}{name}.lora_A.weight" in adapter:
+            raise ValueError(
+                f"The adapter has a LoRA on {name}, whose weight the base model shares between embedding and head, so merging "
+                "would change both (PEFT's `merge_and_unload` does). Export the adapter alone, or pass as `base_model` a copy "
+                "of the base with a weight of each and `tie_word_embeddings=False`."
             )
 
 
@@ -217,16 +223,18 @@ def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dic
 def merge_tensor(
     base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
 ) -> Tensor:
-    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), b0 + s·lora_B's bias, or what was trained instead of `base`.
+    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
+
+    W0 is `base`, or what the adapter holds instead of it: trained fully, or, of a head with a LoRA, the base's own once more.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if not pieces:
-        return base
     if "instead" in pieces:
         _check_shape(*pieces["instead"], base)
-        return pieces["instead"][1].to(base.dtype)
+        base = pieces["instead"][1].to(base.dtype)
+    if "lora_B" not in pieces:
+        return base
     module, lora_B = pieces["lora_B"]
     delta = scaling(config, module) * lora_B.float()
     if "lora_A" in pieces:
