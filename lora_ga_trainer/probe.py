@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .backends import may_freeze_while_probing
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
-"""Numeric attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
-`layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
+"""Numeric attributes of transformers' modules and configurations with these in their names add noise while training:
+`attention_dropout`, `layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
 
 
 class _Tap(torch.autograd.Function):
@@ -111,8 +112,8 @@ def bypassed(layers: dict[str, LoraLayer]) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def _makes_noise(module: nn.Module, attribute: str) -> bool:
-    is_rate_of_dropout_module = attribute == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+def _makes_noise(owner: nn.Module | PreTrainedConfig, attribute: str) -> bool:
+    is_rate_of_dropout_module = attribute == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)
     return is_rate_of_dropout_module or any(part in attribute for part in NOISE_ATTRIBUTES)
 
 
@@ -120,20 +121,22 @@ def _makes_noise(module: nn.Module, attribute: str) -> bool:
 def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
     """While inside, the model is in training mode (gradient checkpointing works in no other) but drops nothing out."""
     modes = {module: module.training for module in model.modules()}
+    # a few, such as Falcon, ask their configuration for the rate in every forward
+    configs = {id(v): v for module in modes for v in vars(module).values() if isinstance(v, PreTrainedConfig)}
     noise = [
-        (module, name, value)
-        for module in modes
-        for name, value in vars(module).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(module, name)
+        (owner, name, value)
+        for owner in (*modes, *configs.values())
+        for name, value in vars(owner).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(owner, name)
     ]
     try:
         model.train()
-        for module, name, _ in noise:
-            setattr(module, name, 0.0)
+        for owner, name, value in noise:
+            setattr(owner, name, type(value)(0))  # configurations check the type
         yield
     finally:
-        for module, name, value in noise:
-            setattr(module, name, value)
+        for owner, name, value in noise:
+            setattr(owner, name, value)
         for module, mode in modes.items():
             module.training = mode
 

@@ -21,6 +21,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
     Llama4TextConfig,
@@ -52,8 +54,11 @@ SIZES = TOKENS | {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }  # fmt: skip
-GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 10}
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 10, "attention_dropout": 0.1}
 EXPERTS = GROUPED | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
+FALCON = TOKENS | {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+}  # fmt: skip
 MAMBA = {"hidden_size": 24, "state_size": 4, "num_hidden_layers": 2}
 
 FAMILIES = {  # a configuration, and what is targeted
@@ -65,7 +70,7 @@ FAMILIES = {  # a configuration, and what is targeted
     "gemma3": (lambda: Gemma3TextConfig(**GROUPED, sliding_window=8), "all-linear"),
     "phi3": (lambda: Phi3Config(**SIZES, num_key_value_heads=2), "all-linear"),  # q, k, v in one
     "gpt2": (lambda: GPT2Config(**TOKENS, n_embd=24, n_layer=2, n_head=4, n_positions=64), "all-linear"),  # Conv1D: I×O
-    "gpt_neox": (lambda: GPTNeoXConfig(**SIZES), "all-linear"),
+    "gpt_neox": (lambda: GPTNeoXConfig(**SIZES, hidden_dropout=0.1, attention_dropout=0.1), "all-linear"),
     "opt": (  # with projections into and out of the layers, as in OPT-350m
         lambda: OPTConfig(
             **TOKENS, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
@@ -73,20 +78,28 @@ FAMILIES = {  # a configuration, and what is targeted
         ),
         "all-linear",
     ),
-    "falcon": (  # adds to what its layers return in place; one key and value for all heads
-        lambda: FalconConfig(**TOKENS, hidden_size=24, num_hidden_layers=2, num_attention_heads=4),
-        "all-linear",
-    ),
-    "falcon_40b": (
-        lambda: FalconConfig(
-            **TOKENS, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
-            new_decoder_architecture=True,
+    "gpt_neo": (
+        lambda: GPTNeoConfig(
+            **TOKENS, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            window_size=8, max_position_embeddings=64, resid_dropout=0.1, attention_dropout=0.1, embed_dropout=0.1,
         ),
         "all-linear",
     ),
-    "bloom": (lambda: BloomConfig(**TOKENS, hidden_size=24, n_layer=2, n_head=4), "all-linear"),
+    "gptj": (
+        lambda: GPTJConfig(
+            **TOKENS, n_embd=24, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, resid_pdrop=0.1, attn_pdrop=0.1,
+        ),
+        "all-linear",
+    ),
+    # adds to what its layers return in place, and reads its dropout from the configuration as it runs
+    "falcon": (lambda: FalconConfig(**FALCON), "all-linear"),  # one key and value for all heads
+    "falcon_40b": (lambda: FalconConfig(**FALCON, num_kv_heads=2, new_decoder_architecture=True), "all-linear"),
+    "falcon_rw": (
+        lambda: FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True), "all-linear"
+    ),
+    "bloom": (lambda: BloomConfig(**TOKENS, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.1), "all-linear"),
     # Mixtures: the experts of most are one tensor, and no layers, since transformers 5; their routers are no `nn.Linear`
-    "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=4), ATTENTION),
+    "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.1), ATTENTION),
     "qwen2_moe": (lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=28), "all-linear"),
     "qwen3_moe": (lambda: Qwen3MoeConfig(**EXPERTS), ATTENTION),
     "gpt_oss": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), "all-linear"),

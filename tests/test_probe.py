@@ -110,6 +110,20 @@ def test_noise_attributes_are_found_and_restored():
     assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0.1, 0.2, 0.3, 0.4)
 
 
+def test_noise_that_a_configuration_turns_on_is_found_and_restored():
+    model, _ = peft_pair("gpt2")
+    config = model.get_base_model().config
+    config.router_jitter_noise = 1
+    before = config.to_dict()
+    with noise_free_training_mode(model):
+        assert (config.resid_pdrop, config.attn_pdrop, config.summary_first_dropout, config.router_jitter_noise) == (
+            0,
+        ) * 4
+        assert type(config.resid_pdrop) is float and type(config.router_jitter_noise) is int
+        assert config.layer_norm_epsilon == before["layer_norm_epsilon"]
+    assert config.to_dict() == before and config.resid_pdrop == 0.1
+
+
 def snapshot(model):
     return {
         "training": [module.training for module in model.modules()],
