@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.initialization import attach_lora_ga
 
@@ -55,7 +56,7 @@ SIZES = TOKENS | {
     "max_position_embeddings": 64,
 }  # fmt: skip
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 10, "attention_dropout": 0.1}
-EXPERTS = GROUPED | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = GROUPED | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 FALCON = TOKENS | {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
 }  # fmt: skip
@@ -105,7 +106,7 @@ FAMILIES = {  # a configuration, and what is targeted
     "gpt_oss": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), "all-linear"),
     "deepseek_v3": (  # latent attention
         lambda: DeepseekV3Config(
-            **SIZES, moe_intermediate_size=20, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+            **SIZES, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
             q_lora_rank=14, kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10,
             first_k_dense_replace=1,
         ),
@@ -151,10 +152,10 @@ TOO_NARROW = {"qwen2_moe": ["shared_expert_gate"]}
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
-def pair(family, target_modules=None, **lora):
+def pair(family, target_modules=None, dtype=torch.float32, **lora):
     """(PeftModel, an untouched copy of its base), in eval mode."""
     make_config, targets = FAMILIES[family]
-    base = random_model(make_config()).eval()
+    base = random_model(make_config(), dtype).eval()
     config = lora_config(
         r=2,
         target_modules=target_modules or targets,
@@ -170,9 +171,10 @@ def logits(model):
         return model.eval()(**tiny_batches((4,), seed=9)[0]).logits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @every_family
-def test_the_logits_are_the_bases_bit_for_bit(family):
-    model, base = pair(family)
+def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
+    model, base = pair(family, dtype=dtype)
     report = initialize_lora_ga(model, tiny_batches(), CONFIG, disable_tqdm=True)
     assert torch.equal(logits(model), logits(base))
     layers = delta_layers(model, "default")
@@ -200,21 +202,27 @@ def test_the_gradient_of_every_target_is_autograds(family, checkpointing):
     assert largest_relative_error(found, dense_reference.autograd_gradients(base, found, batches)) < 1e-5
 
 
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 @every_family
-def test_stock_peft_loads_what_was_trained(family, tmp_path):
+def test_stock_peft_loads_what_was_trained_and_it_merges(family, offset, tmp_path):
     model, base = pair(family)
+    base.save_pretrained(tmp_path / "base")
     batches = tiny_batches()
-    initialize_lora_ga(model, batches, CONFIG, disable_tqdm=True)
+    initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact", ga_offset=offset), disable_tqdm=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in batches:
         model.train()(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
     trained, untrained = logits(model), logits(base)
-    # float32 through a few layers; PEFT's scaling can differ in the last place
+    # float32 through a few layers; PEFT's scaling can differ in the last place, and merging rounds once more
     tolerance = 1e-5 * untrained.abs().max()
-    assert (logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)) - trained).abs().max() < tolerance
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    assert (logits(loaded) - trained).abs().max() < tolerance
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    merged = type(base).from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - trained).abs().max() < tolerance
     assert (trained - untrained).abs().max() > 1000 * tolerance, "training changed nothing, so this shows nothing"
 
 
