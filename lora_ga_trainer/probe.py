@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import torch
@@ -86,15 +87,33 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bypassed(layers: dict[str, LoraLayer]) -> Iterator[None]:
-    """While inside, the layers compute W x only: their adapters add zero, at the cost of two products and two copies."""
-    try:
-        for layer in layers.values():
+def held_adapters(layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
+    """While inside, a forward may switch the adapters, and no parameter of the layers comes to require a gradient by it.
+
+    DPO's reference is the model under `disable_adapter()`, which leaves PEFT's layers switched on and requiring gradients.
+
+    Args:
+        off: the layers compute W x only, and stay so: adapters that add zero cost two products and two copies.
+    """
+    for layer in layers.values():
+        if off:
             layer.enable_adapters(False)
+        layer.enable_adapters = MethodType(_stay_off if off else _switch_without_gradients, layer)
+    try:
         yield
     finally:
         for layer in layers.values():
+            del layer.enable_adapters
             layer.enable_adapters(True)
+
+
+def _stay_off(layer: LoraLayer, enabled: bool) -> None:
+    pass
+
+
+def _switch_without_gradients(layer: LoraLayer, enabled: bool) -> None:
+    type(layer).enable_adapters(layer, enabled)
+    layer.requires_grad_(False)
 
 
 def _makes_noise(module: nn.Module, attribute: str) -> bool:
@@ -139,11 +158,12 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def silent_parameters(
-    model: nn.Module, zero_layers: dict[str, LoraLayer], anchor: Tensor
+    model: nn.Module, layers: dict[str, LoraLayer], adapter_is_zero: bool, anchor: Tensor
 ) -> Iterator[Callable[[Tensor], None]]:
     """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
     if may_freeze_while_probing(model):
-        with frozen_parameters(model), bypassed(zero_layers):  # in this order: bypassing switches parameters on again
+        # in this order: on leaving, PEFT switches the layers' parameters on
+        with frozen_parameters(model), held_adapters(layers, off=adapter_is_zero):
             yield Tensor.backward
     else:
         yield partial(Tensor.backward, inputs=[anchor])
@@ -171,6 +191,6 @@ def gradient_probe(
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
-        silent_parameters(model, layers if adapter_is_zero else {}, anchor) as backward,
+        silent_parameters(model, layers, adapter_is_zero, anchor) as backward,
     ):
         yield backward
