@@ -7,6 +7,7 @@ Shapes: O out features, I in features, T tokens.
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -100,7 +101,12 @@ def held_adapters(layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
             layer.enable_adapters(False)
         layer.enable_adapters = MethodType(_stay_off if off else _switch_without_gradients, layer)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT finds it odd that these are off while `modules_to_save` are on
+            warnings.filterwarnings(
+                "ignore", message="The model contains some adapter layers that are enabled and others"
+            )
+            yield
     finally:
         for layer in layers.values():
             del layer.enable_adapters
