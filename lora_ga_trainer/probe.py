@@ -16,6 +16,7 @@ from types import MethodType
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .backends import may_freeze_while_probing
@@ -88,38 +89,47 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def held_adapters(layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
-    """While inside, a forward may switch the adapters, and no parameter of the layers comes to require a gradient by it.
+def held_adapters(model: nn.Module, layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
+    """While inside, a forward may switch the adapters off and on, and no parameter comes to require a gradient by it.
 
-    DPO's reference is the model under `disable_adapter()`, which leaves PEFT's layers switched on and requiring gradients.
+    DPO's reference is the model under `disable_adapter()`. Left alone, PEFT's layers and `modules_to_save` would come out of it
+    switched on and requiring gradients.
 
     Args:
         off: the layers compute W x only, and stay so: adapters that add zero cost two products and two copies.
     """
-    for layer in layers.values():
-        if off:
+    switch_of_layers = _stay_off if off else _switch_without_gradients
+    switches = {
+        module: _switch_without_gradients for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    switches |= dict.fromkeys(layers.values(), switch_of_layers)
+    if off:
+        for layer in layers.values():
             layer.enable_adapters(False)
-        layer.enable_adapters = MethodType(_stay_off if off else _switch_without_gradients, layer)
+    for module, switch in switches.items():
+        module.enable_adapters = MethodType(switch, module)
     try:
         with warnings.catch_warnings():
-            # PEFT finds it odd that these are off while `modules_to_save` are on
+            # PEFT finds it odd that the layers are off while `modules_to_save` are on
             warnings.filterwarnings(
                 "ignore", message="The model contains some adapter layers that are enabled and others"
             )
             yield
     finally:
-        for layer in layers.values():
-            del layer.enable_adapters
-            layer.enable_adapters(True)
+        for module in switches:
+            del module.enable_adapters
+        if off:
+            for layer in layers.values():
+                layer.enable_adapters(True)
 
 
-def _stay_off(layer: LoraLayer, enabled: bool) -> None:
+def _stay_off(module: nn.Module, enabled: bool) -> None:
     pass
 
 
-def _switch_without_gradients(layer: LoraLayer, enabled: bool) -> None:
-    type(layer).enable_adapters(layer, enabled)
-    layer.requires_grad_(False)
+def _switch_without_gradients(module: nn.Module, enabled: bool) -> None:
+    type(module).enable_adapters(module, enabled)
+    module.requires_grad_(False)
 
 
 def _makes_noise(module: nn.Module, attribute: str) -> bool:
@@ -169,7 +179,7 @@ def silent_parameters(
     """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
     if may_freeze_while_probing(model):
         # in this order: on leaving, PEFT switches the layers' parameters on
-        with frozen_parameters(model), held_adapters(layers, off=adapter_is_zero):
+        with frozen_parameters(model), held_adapters(model, layers, off=adapter_is_zero):
             yield Tensor.backward
     else:
         yield partial(Tensor.backward, inputs=[anchor])

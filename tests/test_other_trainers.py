@@ -119,10 +119,11 @@ def test_the_gradient_is_autograds(make, kind, options, size):
     assert_same_gradients(found, autograds(kind, base_of(kind).eval(), base_of(kind).eval(), trainer))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_restart_takes_the_gradient_where_training_has_come(make, kind, tmp_path):
+@pytest.mark.parametrize("variant", [*KINDS, "dpo, modules"])
+def test_a_restart_takes_the_gradient_where_training_has_come(make, variant, tmp_path):
     """DPO's reference stays the base model, while its policy has left it."""
-    trainer = make(kind, learning_rate=1e-2, ga_num_samples=7, ga_batch_size=3)
+    kind, options = VARIANTS[variant]
+    trainer = make(kind, learning_rate=1e-2, ga_num_samples=7, ga_batch_size=3, **options)
     trainer.train()
     trainer.save_model()
     policy = PeftModel.from_pretrained(base_of(kind), tmp_path / "run").merge_and_unload().eval().requires_grad_(True)
@@ -321,6 +322,25 @@ def test_losses_of_ones_own(make, way, tmp_path):
         own = make("classifier", ga_num_samples=7, ga_batch_size=3)
         own.compute_loss_func = divided_by_items
     assert_same_gradients(estimated_gradients(own), expected)
+
+
+class MeanLoss(ClassifierTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        classes = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, classes)
+
+
+def test_a_batch_without_a_label_counts_for_nothing(make):
+    """Its mean is no number."""
+    found = []
+    for size in (1, 7):
+        trainer = make("classifier", ga_num_samples=7, ga_batch_size=size)
+        trainer.__class__ = MeanLoss
+        sampled = torch.randperm(24, generator=torch.Generator().manual_seed(trainer.args.ga_seed))[0].item()
+        labels = [-100 if i == sampled else label for i, label in enumerate(trainer.train_dataset["labels"])]
+        trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column("labels", labels)
+        found.append(estimated_gradients(trainer))
+    assert_same_gradients(*found)
 
 
 def token_classifier():
