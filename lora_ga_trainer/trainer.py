@@ -131,7 +131,8 @@ class LoRAGAMixin:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
         with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
             report = initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
-        self.log(report.metrics())
+        with self.unchanged_metrics():
+            self.log(report.metrics())
 
     def restart_lora_ga(self) -> None:
         """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
@@ -140,7 +141,8 @@ class LoRAGAMixin:
             report = restart_lora_ga(
                 self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
             )
-        self.log(report.metrics())
+        with self.unchanged_metrics():
+            self.log(report.metrics())
 
     @contextmanager
     def estimating(self, seed: int) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
@@ -268,7 +270,7 @@ class LoRAGAMixin:
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        """Estimation is no training: what `compute_loss` counts on the side must not show in the logs."""
+        """Estimation is no training: while inside, metrics start from none, and come out as they were."""
         yield
 
 

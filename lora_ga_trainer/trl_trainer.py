@@ -33,10 +33,9 @@ class LoRAGATRLMixin(LoRAGAMixin):
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        metrics = {
-            mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()
-        }
-        tokens = self._total_train_tokens
+        metrics, tokens = {mode: dict(group) for mode, group in self._metrics.items()}, self._total_train_tokens
+        for group in self._metrics.values():
+            group.clear()
         # What is thrown away need not be gathered; and `gather` wants equal shapes, while the last batches of the processes
         # may differ in size.
         self.accelerator.gather = lambda tensor: tensor

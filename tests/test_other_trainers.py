@@ -169,6 +169,19 @@ def test_everything_else_is_as_in_a_plain_run(make, kind):
     assert set(report) <= {*runs[1].lora_ga_report.metrics(), "epoch", "step"}
 
 
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_restart_leaves_the_metrics_to_their_steps(make, kind):
+    """Those of the steps before it, which wait for the next log, are not in its own entry."""
+    logged = []
+    for restarts in (None, 2):
+        trainer = make(kind, learning_rate=0.0, logging_steps=4, max_steps=8, ga_restart_steps=restarts)
+        trainer.train()
+        reports = [entry for entry in trainer.state.log_history if "ga/alignment_mean" in entry]
+        assert all(set(entry) <= {*trainer.lora_ga_report.metrics(), "epoch", "step"} for entry in reports)
+        logged.append(entries(trainer))
+    assert len(reports) == 4 and logged[0] == logged[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_save_and_load_with_stock_peft(make, kind, tmp_path):
     base = base_of(kind)
