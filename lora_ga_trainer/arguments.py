@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from peft import LoraConfig, TaskType
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .factors import Direction, Scale
 
@@ -175,7 +175,46 @@ class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
         Seq2SeqTrainingArguments.__post_init__(self)
 
 
-Config = TypeVar("Config", LoRAGASFTConfig, LoRAGASeq2SeqConfig)
+@dataclass
+class LoRAGARewardConfig(LoRAGAArguments, RewardConfig):
+    """TRL's `RewardConfig` and the `ga_*` fields of `LoRAGAArguments`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `RewardConfig` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        RewardConfig.__post_init__(self)
+
+
+@dataclass
+class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
+    """TRL's `DPOConfig` and the `ga_*` fields of `LoRAGAArguments`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `DPOConfig` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        DPOConfig.__post_init__(self)
+
+
+@dataclass
+class LoRAGATrainingArguments(LoRAGAArguments, TrainingArguments):
+    """transformers' `TrainingArguments` and the `ga_*` fields of `LoRAGAArguments`, for a `LoRAGAMixin` over a `Trainer`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `TrainingArguments` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 def with_ga_options(config_class: type[Config], args: TrainingArguments | None, model: Any) -> Config:
@@ -236,12 +275,12 @@ def check_lora_config(config: LoraConfig) -> None:
     if config.init_lora_weights is not True:
         raise ValueError(
             f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
-            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own `SFTTrainer`."
+            "is the initialization here. Leave `init_lora_weights` at its default (True), or use the trainer without LoRA-GA."
         )
     for option in fields(config):
         value = getattr(config, option.name)
         if option.name in OTHER_METHODS and value:
             raise ValueError(
                 f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
-                f"Leave out `{option.name}`, or use TRL's own `SFTTrainer`."
+                f"Leave out `{option.name}`, or use the trainer without LoRA-GA."
             )

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import find_batch_size, send_to_device
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
@@ -28,11 +29,10 @@ SKETCH_OVERSAMPLING = 32
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
 
 
-def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
-    """The number of tokens that the loss counts, in the `batches` of all processes.
-
+def check_labels(batches: list[dict[str, Tensor]]) -> None:
+    """
     Raises:
-        ValueError: no process has a batch, or such a token.
+        ValueError: a batch of some process has no labels, so that `language_model_loss` is unknown.
     """
     raise_on_all(
         next(
@@ -45,7 +45,15 @@ def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> in
             None,
         )
     )
-    num_items_here = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
+
+
+def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
+    """How many items the mean loss is a mean over, in the `batches` of all processes; see `items_in`.
+
+    Raises:
+        ValueError: no process has a batch, or an item.
+    """
+    num_items_here = sum(items_in(model, batch) for batch in batches)
     num_batches, num_items = map(sum, zip(*gather_objects((len(batches), num_items_here)), strict=True))
     if num_batches == 0:
         raise ValueError("LoRA-GA got no batch to estimate the gradient on. Pass at least one example.")
@@ -57,9 +65,22 @@ def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> in
     return num_items
 
 
+def items_in(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """What the loss of `batch` is a mean over: its labels but for −100, of tokens or of examples, or all rows if it has none.
+
+    Pairs of texts, as those of DPO and of reward models, have no labels: each counts as two rows, in every batch.
+    """
+    if "labels" not in batch:
+        return find_batch_size(batch)
+    return int(counted_labels(model, batch["labels"]).ne(-100).sum())
+
+
 def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
-    """The labels that some prediction is compared with: a decoder-only model predicts no first token."""
-    return labels if model.config.is_encoder_decoder else labels[..., 1:]
+    """The labels that some prediction is compared with: a model of the next token predicts no first one."""
+    # transformers takes the loss of a causal language model for every model that it does not know
+    loss = LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)
+    is_shifted = loss is ForCausalLMLoss and not model.config.is_encoder_decoder and labels.dim() > 1
+    return labels[..., 1:] if is_shifted else labels
 
 
 def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:

@@ -22,7 +22,8 @@ from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
     ComputeLoss,
-    count_label_tokens,
+    check_labels,
+    count_items,
     estimate_gradients,
     language_model_loss,
     make_accumulator,
@@ -124,14 +125,15 @@ def initialize_lora_ga(
         config: the `ga_*` options; a `LoRAGASFTConfig` is one. `ga_num_samples` and `ga_batch_size` are for whoever
             makes the batches.
         compute_loss: called as `compute_loss(model, batch, num_items_in_batch)`, like `Trainer.compute_loss`, with the
-            number of label tokens in all batches; returns a scalar. The gradient is that of the sum over batches. By
-            default the cross-entropy of a language model, summed over the batch's label tokens, divided by that number.
+            number of labels but for −100 in all batches, or of their rows if they have no `labels`; returns a scalar. The
+            gradient is that of the sum over batches. By default the cross-entropy of a language model, summed over the
+            batch's label tokens, divided by that number.
 
     Returns:
         the alignment of each layer, and what the initialization took.
 
     Raises:
-        ValueError: no batch, no label token, a loss that is not finite, or a target that gets no finite, non-zero
+        ValueError: no batch, no label, a loss that is not finite, or a target that gets no finite, non-zero
             gradient; also what `attach_lora_ga` raises.
     """
     if not isinstance(config, LoRAGAArguments):
@@ -210,7 +212,9 @@ def _factors_from_gradient(
         )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
-    num_items = count_label_tokens(peft_model, batches)
+    if compute_loss is None:
+        check_labels(batches)
+    num_items = count_items(peft_model, batches)
 
     started = time.perf_counter()
     with peak_memory(compute_device(next(peft_model.parameters()))) as peak:

@@ -7,13 +7,16 @@ Shapes: O out features, I in features, T tokens.
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -101,15 +104,47 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bypassed(layers: dict[str, LoraLayer]) -> Iterator[None]:
-    """While inside, the layers compute W x only: their adapters add zero, at the cost of two products and two copies."""
-    try:
+def held_adapters(model: nn.Module, layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
+    """While inside, a forward may switch the adapters off and on, and no parameter comes to require a gradient by it.
+
+    DPO's reference is the model under `disable_adapter()`. Left alone, PEFT's layers and `modules_to_save` would come out of it
+    switched on and requiring gradients.
+
+    Args:
+        off: the layers compute W x only, and stay so: adapters that add zero cost two products and two copies.
+    """
+    switch_of_layers = _stay_off if off else _switch_without_gradients
+    switches = {
+        module: _switch_without_gradients for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    switches |= dict.fromkeys(layers.values(), switch_of_layers)
+    if off:
         for layer in layers.values():
             layer.enable_adapters(False)
-        yield
+    for module, switch in switches.items():
+        module.enable_adapters = MethodType(switch, module)
+    try:
+        with warnings.catch_warnings():
+            # PEFT finds it odd that the layers are off while `modules_to_save` are on
+            warnings.filterwarnings(
+                "ignore", message="The model contains some adapter layers that are enabled and others"
+            )
+            yield
     finally:
-        for layer in layers.values():
-            layer.enable_adapters(True)
+        for module in switches:
+            del module.enable_adapters
+        if off:
+            for layer in layers.values():
+                layer.enable_adapters(True)
+
+
+def _stay_off(module: nn.Module, enabled: bool) -> None:
+    pass
+
+
+def _switch_without_gradients(module: nn.Module, enabled: bool) -> None:
+    type(module).enable_adapters(module, enabled)
+    module.requires_grad_(False)
 
 
 def _makes_noise(owner: nn.Module | PreTrainedConfig, attribute: str) -> bool:
@@ -156,11 +191,12 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def silent_parameters(
-    model: nn.Module, zero_layers: dict[str, LoraLayer], anchor: Tensor
+    model: nn.Module, layers: dict[str, LoraLayer], adapter_is_zero: bool, anchor: Tensor
 ) -> Iterator[Callable[[Tensor], None]]:
     """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
     if may_freeze_while_probing(model):
-        with frozen_parameters(model), bypassed(zero_layers):  # in this order: bypassing switches parameters on again
+        # in this order: on leaving, PEFT switches the layers' parameters on
+        with frozen_parameters(model), held_adapters(model, layers, off=adapter_is_zero):
             yield Tensor.backward
     else:
         yield partial(Tensor.backward, inputs=[anchor])
@@ -188,6 +224,6 @@ def gradient_probe(
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
-        silent_parameters(model, layers if adapter_is_zero else {}, anchor) as backward,
+        silent_parameters(model, layers, adapter_is_zero, anchor) as backward,
     ):
         yield backward

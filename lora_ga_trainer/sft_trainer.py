@@ -1,17 +1,12 @@
 """`LoRAGASFTTrainer`: decoder-only models."""
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from peft import PeftModel
 from trl import SFTTrainer
 
-from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config, with_ga_options
-from .trainer import LoRAGAMixin, check_not_empty
+from .arguments import LoRAGASFTConfig
+from .trl_trainer import LoRAGATRLMixin
 
 
-class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
+class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     """TRL's `SFTTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
 
     `args` may be a `LoRAGASFTConfig`, or an `SFTConfig` or `TrainingArguments`, which get the default `ga_*` options.
@@ -28,32 +23,4 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
             `initialize_lora_ga` raises.
     """
 
-    def __init__(self, *args, **kwargs):
-        call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs)
-        arguments = call.arguments
-        arguments["args"] = with_ga_options(LoRAGASFTConfig, arguments.get("args"), arguments["model"])
-        if not isinstance(arguments["model"], PeftModel):
-            if arguments.get("peft_config") is None:
-                arguments["peft_config"] = paper_lora_config()
-            check_lora_config(arguments["peft_config"])
-        check_not_empty(arguments.get("train_dataset"), "has no example")
-        super().__init__(*call.args[1:], **call.kwargs)
-        check_not_empty(
-            self.train_dataset,
-            "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)",
-        )
-        self.attach_lora_ga()
-
-    @contextmanager
-    def unchanged_metrics(self) -> Iterator[None]:
-        metrics = {
-            mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()
-        }
-        tokens = self._total_train_tokens
-        try:
-            yield
-        finally:
-            for mode, group in self._metrics.items():
-                group.clear()
-                group.update(metrics[mode])
-            self._total_train_tokens = tokens
+    config_class = LoRAGASFTConfig

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.probe import gradient_probe, noise_free_training_mode
 
@@ -22,7 +22,7 @@ def estimated_gradients(model, batches, config=EXACT, compute_loss=language_mode
     adapter_name = attach_lora_ga(model, config)
     layers = delta_layers(model, adapter_name)
     accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-    num_items = count_label_tokens(model, batches)
+    num_items = count_items(model, batches)
     estimate_gradients(model, layers, accumulators, batches, compute_loss, num_items)
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
