@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
+from torch import Tensor, nn
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config, with_ga_options
+from .launches import check_offloading
 from .trainer import LoRAGAMixin, check_not_empty
 
 
@@ -37,12 +40,22 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
                 arguments["peft_config"] = paper_lora_config()
             check_lora_config(arguments["peft_config"])
         check_not_empty(arguments.get("train_dataset"), "has no example")
+        if arguments["args"].activation_offloading:
+            check_offloading("`activation_offloading=True`")
+        selective = (arguments["args"].gradient_checkpointing_kwargs or {}).get("selective")
         super().__init__(*call.args[1:], **call.kwargs)
         check_not_empty(
             self.train_dataset,
             "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)",
         )
+        if selective:
+            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
+            enable_selective_activation_checkpointing(self.model.get_base_model())
         self.attach_lora_ga()
+
+    def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
+        with self.maybe_activation_offload_context:  # which TRL enters for training steps only
+            return super().estimation_loss(model, batch, num_items_in_batch)
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
