@@ -164,7 +164,8 @@ def estimate_gradients(
             receivers = {name: accumulator.add for name, accumulator in summing.items()}
             with gradient_probe(model, layers, receivers, adapter_is_zero) as backward:
                 for index, (batch, weight) in enumerate(weighted):
-                    loss = compute_loss(model, send_to_device(batch, device), num_items)
+                    # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
+                    loss = compute_loss(model, send_to_device(dict(batch), device), num_items)
                     problem = problem or _loss_problem(loss, index)
                     backward(loss * (weight * loss_scale))
                     progress.update()

@@ -221,6 +221,8 @@ def gradient_probe(
         the `backward(loss)` to use instead of `loss.backward()`.
     """
     with (
+        # nothing is compiled for the taps, which would cost more than it saves and count towards the limit of recompilations
+        torch.compiler.set_stance("force_eager"),
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,

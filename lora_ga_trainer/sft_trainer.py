@@ -1,6 +1,9 @@
 """`LoRAGASFTTrainer`: decoder-only models."""
 
+from typing import Any
+
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from .arguments import LoRAGASFTConfig
 from .trl_trainer import LoRAGATRLMixin
@@ -24,3 +27,9 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     """
 
     config_class = LoRAGASFTConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
+            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
+            enable_selective_activation_checkpointing(self.model.get_base_model())

@@ -30,7 +30,7 @@ from .checkpoint.completeness import check_can_resume, last_complete, mark_compl
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
-from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
+from .launches import check_checkpointing, check_offloading, check_restart, launch_has_schedule, launch_of
 from .probe import preserved_rng
 from .report import InitReport
 from .restarts import check_schedule, restart_is_due, rewarm
@@ -108,6 +108,8 @@ class LoRAGAMixin:
         launch = launch_of(self.accelerator)
         how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
+        if how.get("offload"):
+            check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
         adapter_name = attach_lora_ga(self.model, self.args)
         if self.args.ga_restart_steps is not None:
             check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))

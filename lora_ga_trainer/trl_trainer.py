@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel, TaskType
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .arguments import check_lora_config, paper_lora_config, with_ga_options
+from .launches import check_offloading
 from .trainer import LoRAGAMixin, check_not_empty
 
 
@@ -29,7 +31,13 @@ class LoRAGATRLMixin(LoRAGAMixin):
                 arguments["peft_config"] = paper_lora_config(self.task_type)
             check_lora_config(arguments["peft_config"])
         check_not_empty(arguments.get("train_dataset"))
+        if arguments["args"].activation_offloading:
+            check_offloading("`activation_offloading=True`")
         super().__init__(*call.args, **call.kwargs)
+
+    def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
+        with self.maybe_activation_offload_context:  # which TRL enters for training steps only
+            return super().estimation_loss(model, batch, num_items_in_batch)
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
