@@ -31,6 +31,7 @@ from .estimation import (
 from .factorization import write_all_factors
 from .memory import peak_memory
 from .probe import preserved_rng
+from .quantized import check_scale
 from .report import InitReport
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 f"`ga_offset` is {config.ga_offset}, but the adapter {adapter_name!r} was attached with "
                 f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
             )
+        check_scale(delta_layers(peft_model, adapter_name), config)
         state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
         peft_model.lora_ga = replace(state, launch=former.launch)
         return adapter_name
@@ -91,6 +93,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
+    check_scale(layers, config)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name, config.ga_offset)
     make_portable(peft_model, state)

@@ -1,7 +1,8 @@
 """The gradient probe: see the gradient of every adapted weight while the model runs, and leave no trace.
 
 For y = W x the gradient of a loss L is ∂L/∂W = Σ dyᵀ x over tokens. The probe hands (x, dy) of each layer to that
-layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized.
+layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized, if
+the quantized layer has a backward for its input (see `quantized`).
 
 Shapes: O out features, I in features, T tokens.
 """
@@ -17,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .backends import may_freeze_while_probing
+from .quantized import checked_backward
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
 """Numeric attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
@@ -166,11 +168,15 @@ def gradient_probe(
 
     Yields:
         the `backward(loss)` to use instead of `loss.backward()`.
+
+    Raises:
+        ValueError: on leaving, if a quantized layer has no backward.
     """
     with (
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
+        checked_backward(model, layers, anchor),
         silent_parameters(model, layers if adapter_is_zero else {}, anchor) as backward,
     ):
         yield backward
