@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import compute_device, forget_optimizer_state, is_sharded, rank
+from .backends import batch_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
@@ -216,7 +216,7 @@ def _factors_from_gradient(
     num_items = count_label_tokens(peft_model, batches)
 
     started = time.perf_counter()
-    with peak_memory(compute_device(next(peft_model.parameters()))) as peak:
+    with peak_memory(batch_device(peft_model)) as peak:
         accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
         all_reduced_bytes = estimate_gradients(
             peft_model,
