@@ -151,7 +151,7 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, is sharded, or has already been trained (B is not zero).
+            side of a layer, is sharded or offloaded, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -218,6 +218,12 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             f"The adapter {adapter_name!r} of {name} is sharded already, so LoRA-GA's own parameters would come too late. Call "
             "`attach_lora_ga(model, config)` before `deepspeed.initialize`, `fully_shard` or `accelerator.prepare`, and "
             "`initialize_lora_ga` after it."
+        )
+    if layer.lora_A[adapter_name].weight.is_meta:
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} has no memory, because the layer's weight is offloaded to the CPU or to "
+            "disk by its `device_map`, and PEFT cannot train an adapter there. Load the model with a `device_map` that keeps "
+            "the target layers on devices, quantize it, or offload with DeepSpeed (accelerate_configs/zero3_offload.yaml)."
         )
     rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
     if rank > largest:

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
-from .backends import compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
+from .backends import batch_device, compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -92,6 +92,7 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
         logits = model(**inputs, use_cache=False).logits
         # position t predicts token t + 1; moving the labels instead of the logits copies nothing large
         labels = F.pad(counted_labels(model, batch["labels"]), (0, 1), value=-100)
+    labels = labels.to(logits.device)  # of a model that is split over devices
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
@@ -152,7 +153,7 @@ def estimate_gradients(
     # A token's share of the mean loss is 1/num_items, which fp16 would lose on the way back. Backward runs on the loss
     # times a power of two near num_items; the sums are divided by it afterwards, which rounds nothing.
     loss_scale = 2.0 ** math.floor(math.log2(num_items))
-    device = compute_device(next(model.parameters()))
+    device = batch_device(model)
     passes = max(accumulator.passes for accumulator in accumulators.values())
     weighted = even_batches(batches)
     bytes_of_passes = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import compute_device, forget_optimizer_state, is_sharded, rank
+from .backends import batch_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
@@ -32,6 +32,7 @@ from .estimation import (
 from .factorization import write_all_factors
 from .memory import peak_memory
 from .probe import preserved_rng
+from .quantized import check_scale
 from .report import InitReport
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 f"`ga_offset` is {config.ga_offset}, but the adapter {adapter_name!r} was attached with "
                 f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
             )
+        check_scale(delta_layers(peft_model, adapter_name), config)
         state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
         peft_model.lora_ga = replace(state, launch=former.launch)
         return adapter_name
@@ -92,6 +94,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
+    check_scale(layers, config)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name, config.ga_offset)
     make_portable(peft_model, state)
@@ -217,7 +220,7 @@ def _factors_from_gradient(
     num_items = count_items(peft_model, batches)
 
     started = time.perf_counter()
-    with peak_memory(compute_device(next(peft_model.parameters()))) as peak:
+    with peak_memory(batch_device(peft_model)) as peak:
         accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
         all_reduced_bytes = estimate_gradients(
             peft_model,

@@ -1,7 +1,8 @@
 """The gradient probe: see the gradient of every adapted weight while the model runs, and leave no trace.
 
 For y = W x the gradient of a loss L is ∂L/∂W = Σ dyᵀ x over tokens. The probe hands (x, dy) of each layer to that
-layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized.
+layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized, if
+the quantized layer has a backward for its input (see `quantized`).
 
 Shapes: O out features, I in features, T tokens.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .backends import may_freeze_while_probing
+from .quantized import checked_backward
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
 """Numeric attributes of transformers' modules and configurations with these in their names add noise while training:
@@ -219,6 +221,9 @@ def gradient_probe(
 
     Yields:
         the `backward(loss)` to use instead of `loss.backward()`.
+
+    Raises:
+        ValueError: on leaving, if a quantized layer has no backward.
     """
     with (
         # nothing is compiled for the taps, which would cost more than it saves and count towards the limit of recompilations
@@ -226,6 +231,7 @@ def gradient_probe(
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
+        checked_backward(model, layers, anchor),
         silent_parameters(model, layers, adapter_is_zero, anchor) as backward,
     ):
         yield backward
