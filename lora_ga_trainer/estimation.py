@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
-from .backends import compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
+from .backends import compute_device, full_shape, gather_objects, raise_on_all, rank, sum_over_processes, world_size
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -32,19 +32,10 @@ def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> in
     """The number of tokens that the loss counts, in the `batches` of all processes.
 
     Raises:
-        ValueError: no process has a batch, or such a token.
+        ValueError: no process has a batch, or such a token; or a batch has no labels, or tokens that the model does not know.
     """
-    raise_on_all(
-        next(
-            (
-                f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
-                "Add `labels`, −100 where a token must not count."
-                for batch in batches
-                if "labels" not in batch
-            ),
-            None,
-        )
-    )
+    embeddings = full_shape(model.get_input_embeddings().weight)[0]
+    raise_on_all(next(filter(None, (_batch_problem(batch, embeddings) for batch in batches)), None))
     num_items_here = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
     num_batches, num_items = map(sum, zip(*gather_objects((len(batches), num_items_here)), strict=True))
     if num_batches == 0:
@@ -52,9 +43,24 @@ def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> in
     if num_items == 0:
         raise ValueError(
             f"All labels of the {num_batches} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
-            "the completion mask, and that prompts are shorter than `max_length`."
+            "the completion mask, that texts are not empty, and that prompts are shorter than `max_length`."
         )
     return num_items
+
+
+def _batch_problem(batch: dict[str, Tensor], embeddings: int) -> str | None:
+    if "labels" not in batch:
+        return (
+            f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
+            "Add `labels`, −100 where a token must not count."
+        )
+    largest = int(batch["input_ids"].max()) if "input_ids" in batch else -1
+    if largest >= embeddings:
+        return (
+            f"A batch for LoRA-GA holds the token {largest}, but the model has only {embeddings} embeddings. Use the tokenizer "
+            "that belongs to the model, or `model.resize_token_embeddings(len(tokenizer))` after adding tokens."
+        )
+    return None
 
 
 def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 from .arguments import LoRAGASeq2SeqConfig, check_lora_config, paper_lora_config, with_ga_options
 from .launches import check_shared_embeddings, launch_of
-from .trainer import LoRAGAMixin, check_not_empty
+from .trainer import LoRAGAMixin
+from .training_data import check_not_empty
 
 
 class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):

@@ -8,7 +8,8 @@ from peft import PeftModel
 from trl import SFTTrainer
 
 from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config, with_ga_options
-from .trainer import LoRAGAMixin, check_not_empty
+from .trainer import LoRAGAMixin
+from .training_data import check_examples, check_not_empty
 
 
 class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
@@ -24,8 +25,8 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
 
     Raises:
         ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, or the dataset is empty; from `train`, what
-            `initialize_lora_ga` raises.
+            the adapter has been initialized or trained already, the dataset is empty or its columns are not those that TRL
+            reads, or the model is an encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
     def __init__(self, *args, **kwargs):
@@ -36,8 +37,14 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
             if arguments.get("peft_config") is None:
                 arguments["peft_config"] = paper_lora_config()
             check_lora_config(arguments["peft_config"])
-        check_not_empty(arguments.get("train_dataset"), "has no example")
+        if arguments.get("formatting_func") is None:
+            check_examples(arguments.get("train_dataset"), arguments["args"])
         super().__init__(*call.args[1:], **call.kwargs)
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The model is an encoder-decoder ({self.model.config.model_type}), but `LoRAGASFTTrainer` is for decoder-only "
+                "models. Use `LoRAGASeq2SeqTrainer`."
+            )
         check_not_empty(
             self.train_dataset,
             "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)",

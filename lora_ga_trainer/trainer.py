@@ -9,11 +9,10 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -25,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .backends import gather_objects, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
-from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
+from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
 from .delta import offset_halves
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
 from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
@@ -70,8 +69,11 @@ class LoRAGAMixin:
         """To be called at the end of `__init__`: delta form now, factors when training begins.
 
         Raises:
-            ValueError: a launch that LoRA-GA does not support, or what `initialization.attach_lora_ga` raises.
+            ValueError: a launch that LoRA-GA does not support, an `output_dir` that cannot be written to, or what
+                `initialization.attach_lora_ga` raises.
         """
+        if self.args.should_save:
+            check_writable(Path(self.args.output_dir))
         launch = launch_of(self.accelerator)
         how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
@@ -180,14 +182,22 @@ class LoRAGAMixin:
         """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
 
         Raises:
-            ValueError: the checkpoint is not complete, or not one of this run; also what `initialize_lora_ga` raises.
+            ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;
+                also what `initialize_lora_ga` raises.
         """
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete(Path(self.args.output_dir))
             check_can_resume(self.model, Path(resume_from_checkpoint), self.model.lora_ga.launch)
             resume_from_checkpoint = str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
+            raise ValueError(
+                f"Not one of {self.state.max_steps:,} steps was trained: the training set gave no example, after "
+                "LoRA-GA had drawn its sample from it. A stream has to begin anew each time it is read: give "
+                "`IterableDataset.from_generator` a function that makes a new generator."
+            )
+        return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -234,12 +244,3 @@ class LoRAGAMixin:
     def unchanged_metrics(self) -> Iterator[None]:
         """Estimation is no training: what `compute_loss` counts on the side must not show in the logs."""
         yield
-
-
-def check_not_empty(dataset: Any, problem: str) -> None:
-    """
-    Raises:
-        ValueError: it is empty.
-    """
-    if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")
