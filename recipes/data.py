@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from lora_ga_trainer.evaluation.sources import check_columns, hub_items, local_items
 
 Row = dict[str, Any]
-HUB_REMEDY = "Check the name and the network, download it and pass the file as `--dataset_path`, or leave both out for the demo's data."
+HUB_REMEDY = (
+    "Check the name and the network, download it and pass the file as `--dataset_path`, or leave both out for the demo's "
+    "data."
+)
 
 
 @dataclass
