@@ -76,6 +76,8 @@ def check_complete(directory: Path) -> None:
         raise ValueError(f"There is no checkpoint {directory}. Check the path.")
     try:
         sizes = json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            raise ValueError("it holds no sizes by name")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{directory} has no readable {FILES_FILE}, so it cannot be resumed: the run was killed while it saved, or saved "
