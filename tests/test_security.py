@@ -182,7 +182,8 @@ def test_the_adapters_name_in_a_file_leads_nowhere(shared, tmp_path):
     assert world.trainers[0].model.lora_ga.adapter_name == "default"
     assert (world.out / "checkpoint-6/adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("elsewhere*"))
-    with pytest.raises(KeyError, match="module name can"):  # nor can the user's own: torch has no such names for modules
+    # nor can the user's own: torch has no such names for modules
+    with pytest.raises(KeyError, match="module name can"):
         get_peft_model(tiny_model(), lora_config(), adapter_name="../elsewhere")
 
 
