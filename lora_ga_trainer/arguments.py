@@ -4,13 +4,19 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftType, TaskType
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .factors import Direction, Scale
 
 ESTIMATORS = ("sketch", "exact")
+LARGEST_SEED = 2**63 - 1
+"""torch's generators take 64 bits, and every restart draws with a seed one higher."""
+
+
+def _is_number_above_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 @dataclass
@@ -120,6 +126,8 @@ class LoRAGAArguments:
         )
         self._check_integer("ga_restart_warmup_steps", minimum=0, remedy="10 is the default, 0 none")
         self._check_integer("ga_seed", minimum=0, remedy="42 is the default")
+        if self.ga_seed > LARGEST_SEED:
+            raise ValueError(f"`ga_seed` is {self.ga_seed}, but must be at most {LARGEST_SEED}. 42 is the default.")
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
         self._check_choice("ga_scale", get_args(Scale))
@@ -132,9 +140,10 @@ class LoRAGAArguments:
                 f"`ga_restart_steps` is {self.ga_restart_steps}, but `ga_offset` is False: a restart keeps what was trained "
                 "beside a pair A0, B0 with its offset. Leave out one of the two."
             )
-        gamma = self.ga_gamma
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
-            raise ValueError(f"`ga_gamma` is {gamma!r}, but must be a finite number above 0. 16.0 is the default.")
+        if not _is_number_above_zero(self.ga_gamma):
+            raise ValueError(
+                f"`ga_gamma` is {self.ga_gamma!r}, but must be a finite number above 0. 16.0 is the default."
+            )
 
     def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -221,13 +230,17 @@ def with_ga_options(config_class: type[Config], args: TrainingArguments | None, 
     """`args` as a `config_class`: itself, or its fields and the default `ga_*` options.
 
     Raises:
-        ValueError: `args` has fields that `config_class` does not have.
+        ValueError: `args` is no configuration of a trainer, or has fields that `config_class` does not have.
     """
     if isinstance(args, config_class):
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return config_class(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, but must be a configuration. Pass `{config_class.__name__}(output_dir=...)`."
+        )
     # `to_dict` would hide every field that ends in "token", `eos_token` too
     values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
     unknown = values.keys() - {option.name for option in fields(config_class)}
@@ -267,7 +280,7 @@ def check_lora_config(config: LoraConfig) -> None:
     Raises:
         ValueError: naming the field, its value and what to do.
     """
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
             f"`peft_config` is a {type(config).__name__}, but LoRA-GA initializes LoRA adapters: pass a `LoraConfig`, or "
             "leave it out for the paper's (r 8, α 16, rsLoRA, all linear layers)."
@@ -277,6 +290,12 @@ def check_lora_config(config: LoraConfig) -> None:
             f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
             "is the initialization here. Leave `init_lora_weights` at its default (True), or use the trainer without LoRA-GA."
         )
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if not _is_number_above_zero(alpha):
+            raise ValueError(
+                f"An alpha of the `LoraConfig` (`lora_alpha` or in `alpha_pattern`) is {alpha!r}, but must be a finite number "
+                "above 0: the adapter's output is multiplied by it. 16 is the paper's."
+            )
     for option in fields(config):
         value = getattr(config, option.name)
         if option.name in OTHER_METHODS and value:

@@ -151,7 +151,7 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, is sharded or offloaded, or has already been trained (B is not zero).
+            side of a layer, is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -233,6 +233,11 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
             f"singular vectors of its gradient, so r can be {largest} at most. "
             f"{smaller if largest else 'Exclude it'}: `exclude_modules=[{leaf!r}]`."
+        )
+    if not layer.lora_B[adapter_name].weight.requires_grad:
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} is not trainable. Make it so with `LoraConfig(inference_mode=False)`, or "
+            "load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     if layer.lora_B[adapter_name].weight.any():
         raise ValueError(

@@ -18,7 +18,16 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
-from .backends import batch_device, compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
+from .backends import (
+    batch_device,
+    compute_device,
+    full_shape,
+    gather_objects,
+    raise_on_all,
+    rank,
+    sum_over_processes,
+    world_size,
+)
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -29,22 +38,28 @@ SKETCH_OVERSAMPLING = 32
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
 
 
-def check_labels(batches: list[dict[str, Tensor]]) -> None:
+def check_batches(model: nn.Module, batches: list[dict[str, Tensor]], need_labels: bool) -> None:
     """
     Raises:
-        ValueError: a batch of some process has no labels, so that `language_model_loss` is unknown.
+        ValueError: a batch of some process has tokens that the model does not know; or no labels, though they are needed.
     """
-    raise_on_all(
-        next(
-            (
-                f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
-                "Add `labels`, −100 where a token must not count."
-                for batch in batches
-                if "labels" not in batch
-            ),
-            None,
+    raise_on_all(next(filter(None, (_batch_problem(model, batch, need_labels) for batch in batches)), None))
+
+
+def _batch_problem(model: nn.Module, batch: dict[str, Tensor], needs_labels: bool) -> str | None:
+    if needs_labels and "labels" not in batch:
+        return (
+            f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
+            "Add `labels`, −100 where a token must not count."
         )
-    )
+    if "input_ids" in batch:
+        largest, known = int(batch["input_ids"].max()), full_shape(model.get_input_embeddings().weight)[0]
+        if largest >= known:
+            return (
+                f"A batch for LoRA-GA holds the token {largest}, but the model has only {known} embeddings. Use the tokenizer "
+                "that belongs to the model, or `model.resize_token_embeddings(len(tokenizer))` after adding tokens."
+            )
+    return None
 
 
 def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
@@ -60,7 +75,7 @@ def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
     if num_items == 0:
         raise ValueError(
             f"All labels of the {num_batches} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
-            "the completion mask, and that prompts are shorter than `max_length`."
+            "the completion mask, that texts are not empty, and that prompts are shorter than `max_length`."
         )
     return num_items
 

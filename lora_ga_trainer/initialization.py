@@ -22,7 +22,7 @@ from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
     ComputeLoss,
-    check_labels,
+    check_batches,
     count_items,
     estimate_gradients,
     language_model_loss,
@@ -215,8 +215,7 @@ def _factors_from_gradient(
         )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
-    if compute_loss is None:
-        check_labels(batches)
+    check_batches(peft_model, batches, need_labels=compute_loss is None)
     num_items = count_items(peft_model, batches)
 
     started = time.perf_counter()

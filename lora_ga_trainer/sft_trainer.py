@@ -6,6 +6,7 @@ from trl import SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
 from .arguments import LoRAGASFTConfig
+from .training_data import check_examples
 from .trl_trainer import LoRAGATRLMixin
 
 
@@ -22,14 +23,25 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
 
     Raises:
         ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, or the dataset is empty; from `train`, what
-            `initialize_lora_ga` raises.
+            the adapter has been initialized or trained already, the dataset is empty or its columns are not those that TRL
+            reads, or the model is an encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
     config_class = LoRAGASFTConfig
+    EMPTY = "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The model is an encoder-decoder ({self.model.config.model_type}), but `LoRAGASFTTrainer` is for decoder-only "
+                "models. Use `LoRAGASeq2SeqTrainer`."
+            )
         if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
             # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
             enable_selective_activation_checkpointing(self.model.get_base_model())
+
+    def check_arguments(self, arguments: dict[str, Any]) -> None:
+        super().check_arguments(arguments)
+        if arguments.get("formatting_func") is None:
+            check_examples(arguments.get("train_dataset"), arguments["args"])

@@ -9,7 +9,7 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .arguments import LoRAGAArguments
 from .backends import rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
-from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
+from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
@@ -34,6 +34,7 @@ from .launches import check_checkpointing, check_offloading, check_restart, laun
 from .probe import preserved_rng
 from .report import InitReport
 from .restarts import check_schedule, restart_is_due, rewarm
+from .training_data import check_not_empty
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ class LoRAGAMixin:
             training set is empty, or what `attach_lora_ga` raises; from `train`, what `initialize_lora_ga` raises.
     """
 
+    EMPTY = "has no example"
+    """What is wrong with the training set if it is empty once the trainer has prepared it."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         bases = cls.__mro__
@@ -96,15 +100,18 @@ class LoRAGAMixin:
                 f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
                 f"your own that derives from `LoRAGAArguments` and `{kind}`."
             )
-        check_not_empty(self.train_dataset)
+        check_not_empty(self.train_dataset, self.EMPTY)
         self.attach_lora_ga()
 
     def attach_lora_ga(self) -> None:
         """The adapter gets its delta form now, and its factors when training begins.
 
         Raises:
-            ValueError: a launch that LoRA-GA does not support, or what `initialization.attach_lora_ga` raises.
+            ValueError: a launch that LoRA-GA does not support, an `output_dir` that cannot be written to, or what
+                `initialization.attach_lora_ga` raises.
         """
+        if self.args.should_save:
+            check_writable(Path(self.args.output_dir))
         launch = launch_of(self.accelerator)
         how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
@@ -220,14 +227,22 @@ class LoRAGAMixin:
         """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
 
         Raises:
-            ValueError: the checkpoint is not complete, or not one of this run; also what `initialize_lora_ga` raises.
+            ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;
+                also what `initialize_lora_ga` raises.
         """
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete(Path(self.args.output_dir))
             check_can_resume(self.model, Path(resume_from_checkpoint), self.model.lora_ga.launch)
             resume_from_checkpoint = str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
+            raise ValueError(
+                f"Not one of {self.state.max_steps:,} steps was trained: the training set gave no example, after "
+                "LoRA-GA had drawn its sample from it. A stream has to begin anew each time it is read: give "
+                "`IterableDataset.from_generator` a function that makes a new generator."
+            )
+        return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -274,15 +289,3 @@ class LoRAGAMixin:
     def unchanged_metrics(self) -> Iterator[None]:
         """Estimation is no training: while inside, metrics start from none, and come out as they were."""
         yield
-
-
-def check_not_empty(dataset: Any) -> None:
-    """
-    Raises:
-        ValueError: it is empty.
-    """
-    if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise ValueError(
-            "The training set has no example, so there is nothing to train on. Pass at least one example; TRL drops those that "
-            "have nothing to learn from within `max_length`."
-        )

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 from .arguments import check_lora_config, paper_lora_config, with_ga_options
 from .launches import check_offloading
-from .trainer import LoRAGAMixin, check_not_empty
+from .trainer import LoRAGAMixin
+from .training_data import check_not_empty
 
 
 class LoRAGATRLMixin(LoRAGAMixin):
@@ -19,6 +20,7 @@ class LoRAGATRLMixin(LoRAGAMixin):
 
     config_class: type[TrainingArguments]
     """TRL's configuration with the `ga_*` options."""
+    EMPTY = "has no example left after preparation (are all longer than `max_length`?)"
     task_type = TaskType.CAUSAL_LM
     """That of the paper's adapter, which stands in for a `peft_config`."""
 
@@ -30,10 +32,17 @@ class LoRAGATRLMixin(LoRAGAMixin):
             if arguments.get("peft_config") is None:
                 arguments["peft_config"] = paper_lora_config(self.task_type)
             check_lora_config(arguments["peft_config"])
-        check_not_empty(arguments.get("train_dataset"))
+        self.check_arguments(arguments)
+        super().__init__(*call.args, **call.kwargs)
+
+    def check_arguments(self, arguments: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: TRL would stumble over one of the trainer's `arguments`.
+        """
+        check_not_empty(arguments.get("train_dataset"), "has no example")
         if arguments["args"].activation_offloading:
             check_offloading("`activation_offloading=True`")
-        super().__init__(*call.args, **call.kwargs)
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
         with self.maybe_activation_offload_context:  # which TRL enters for training steps only

@@ -373,7 +373,7 @@ def test_an_empty_dataset(make_trainer, prompt_completion):
 
 
 def test_prompts_longer_than_max_length(make_trainer, prompt_completion):
-    with pytest.raises(ValueError, match="no example, .*max_length"):
+    with pytest.raises(ValueError, match="no example with a completion token left .*max_length"):
         make_trainer(train_dataset=prompt_completion, max_length=2)
 
 

@@ -24,7 +24,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -138,18 +138,20 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
 
     Raises:
-        ValueError: the base is quantized, or something in the adapter has no counterpart in it.
+        ValueError: the base is quantized, is no model of transformers' own, has an index that names other files than there
+            are, or something in the adapter has no counterpart in it.
     """
-    model_config = AutoConfig.from_pretrained(source)
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if "quantization_config" in model_config.to_dict():
         raise ValueError(
             f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
             "export the adapter alone."
         )
     with torch.device("meta"):
-        skeleton = getattr(transformers, model_config.architectures[0])(model_config)
+        skeleton = model_class(model_config)(model_config)
     check_not_untied(adapter, skeleton)
     shards = sorted(source.glob("*.safetensors"))
+    check_index(source, shards)
     pieces = by_base_weight(adapter, base_names(shards))
     for pattern in OF_BASE:
         if pattern != "*.safetensors":
@@ -164,6 +166,38 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
                 for name in file.keys()  # noqa: SIM118 (not a dict)
             }
         save_file(merged, target / shard.name, metadata={"format": "pt"})
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config.json` names as the model's.
+
+    Raises:
+        ValueError: it is none of transformers' models; the name is a stranger's, and is not to call anything else.
+    """
+    name = (config.architectures or [None])[0]
+    found = getattr(transformers, name or "", None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"The base model's config.json names the architecture {name!r}, which is no model of transformers', so it cannot "
+            "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+        )
+    return found
+
+
+def check_index(source: Path, shards: list[Path]) -> None:
+    """Refuse an index of weights that points elsewhere than to the `shards` in `source`: those would stay unmerged.
+
+    Raises:
+        ValueError: naming the first such file.
+    """
+    for index in source.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elsewhere = sorted(named - {shard.name for shard in shards})
+        if elsewhere:
+            raise ValueError(
+                f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
+                "again from where it came."
+            )
 
 
 def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
