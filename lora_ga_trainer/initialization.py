@@ -14,6 +14,7 @@ from dataclasses import replace
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from .arguments import LoRAGAArguments, check_lora_config
 from .backends import compute_device, forget_optimizer_state, is_sharded, rank
@@ -225,15 +226,19 @@ def _factors_from_gradient(
             disable_tqdm,
             adapter_is_zero=not restart,
         )
-        alignment = write_all_factors(layers, accumulators, adapter_name, config, restart)
+        found = write_all_factors(layers, accumulators, adapter_name, config, restart)
 
     report = InitReport(
-        alignment=alignment,
+        alignment={name: layer.alignment for name, layer in found.items()},
         num_items=num_items,
         seconds=time.perf_counter() - started,
         extra_peak_bytes=peak.extra_bytes,
         all_reduced_bytes=all_reduced_bytes,
+        singular_values={name: layer.singular_values for name, layer in found.items()},
+        gradient_norm={name: layer.gradient_norm for name, layer in found.items()},
     )
     if rank() == 0:
         logger.info(report.summary())
+        if not (disable_tqdm or logger.isEnabledFor(logging.INFO)):  # who watches the progress bar wants its end
+            tqdm.write(report.summary())
     return report

@@ -9,6 +9,7 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -26,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .backends import gather_objects, rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
+from .checkpoint.model_card import TAG, add_lora_ga
 from .delta import offset_halves
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
 from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
@@ -48,6 +50,7 @@ class LoRAGACallback(TrainerCallback):
         """Those of an earlier call of `train`, whose steps count for themselves."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.start_clock()
         # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
@@ -65,6 +68,9 @@ class LoRAGACallback(TrainerCallback):
 
 class LoRAGAMixin:
     """LoRA-GA for a `transformers.Trainer`; comes before it in the bases. Its `args` hold the `ga_*` options."""
+
+    started: float | None = None
+    """When training began, on the clock of `time.perf_counter`."""
 
     def attach_lora_ga(self) -> None:
         """To be called at the end of `__init__`: delta form now, factors when training begins.
@@ -85,6 +91,7 @@ class LoRAGAMixin:
                 [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in restarted],
             )
         self.model.lora_ga.launch = launch
+        self.model.add_model_tags(TAG)
         # Trainer sets it with each step, and the initialization comes before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.add_callback(LoRAGACallback(self))
@@ -214,6 +221,26 @@ class LoRAGAMixin:
         self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))
+
+    def start_clock(self) -> None:
+        """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""
+        logged = [entry["ga/seconds"] for entry in self.state.log_history if "ga/seconds" in entry]
+        self.started = time.perf_counter() - max(logged, default=0.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with `ga/seconds`: wall time since training began, initialization, evaluations and saving included.
+
+        Trainer's log tells steps only, and time not until the end; runs could not be compared over time.
+        """
+        if self.started is not None:
+            logs["ga/seconds"] = time.perf_counter() - self.started
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
