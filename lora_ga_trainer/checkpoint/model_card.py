@@ -58,7 +58,7 @@ def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
     for unknown in ("None", ""):
         text = text.replace(f"[{unknown}](https://huggingface.co/{unknown})", known)
     text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {known} on ")
-    before, heading, after = re.match(r"(.*?)(^## |\Z)(.*)", text, flags=re.DOTALL | re.MULTILINE).groups()
+    before, heading, after = re.match(r"(.*?)(^##+ |\Z)(.*)", text, flags=re.DOTALL | re.MULTILINE).groups()
     card.text = f"{before.rstrip()}\n\n{section(peft_model)}\n\n{heading}{after}".rstrip() + "\n"
     card.save(path)
 
@@ -119,8 +119,8 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         "rank that trained": f"r = {r}",
         "rank of the file": f"{times * r}",
         "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA)' if lora['use_rslora'] else 'α/r'}",
-        "gradient": f"averaged over {ga['ga_num_samples']} training examples"
-        + (f" ({report.num_items:,} label tokens)" if report else ""),
+        "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
+        + (f", {report.num_items:,} label tokens" if report else ""),
         "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']} passes",
         "direction, scale": f"{ga['ga_direction']}, {ga['ga_scale']}"
         + (f" with γ = {ga['ga_gamma']:g}" if ga["ga_scale"] == "stable" else ""),
