@@ -78,8 +78,10 @@ def spectra(singular_values: dict[str, list[float]], gradient_norm: dict[str, fl
         kind, depth = grid.places[name]
         relative = [value / gradient_norm[name] for value in values]
         colour = BLACK if depth is None else colours(norm(depth))
-        by_kind[kind].plot(range(1, len(values) + 1), relative, color=colour, linewidth=1.2, marker=".", markersize=4)
-    for kind, axes in by_kind.items():
+        marker = "." if len(numbers) <= MANY else None
+        by_kind[kind].plot(range(1, len(values) + 1), relative, color=colour, linewidth=1, marker=marker, markersize=4)
+    for index, (kind, axes) in enumerate(by_kind.items()):
+        axes.tick_params(labelbottom=index + columns >= len(grid.kinds))  # where no panel is below
         axes.set_title(kind, fontsize=9)
         axes.set_yscale("log")
         axes.grid(True, color="0.9")
@@ -108,7 +110,9 @@ def norms_over_training(norms: dict[int, dict[str, list[float]]]) -> Figure:
             colour, line = styles[part]
             marker = "o" if line == "-" else "s"
             middle = [median(each) for each in values]
-            axes.plot(steps, middle, line, marker=marker, color=colour, label=f"‖{part}‖", markersize=4)
+            axes.plot(
+                steps, middle, line, marker=marker, color=colour, label=f"‖{part.replace('0', '₀')}‖", markersize=4
+            )
             axes.fill_between(
                 steps, [min(v) or math.nan for v in values], [max(v) for v in values], color=colour, alpha=0.15
             )
