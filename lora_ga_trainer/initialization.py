@@ -203,7 +203,7 @@ def _factors_from_gradient(
     """Estimate, factor, write; at a `restart` what was trained goes to the history first."""
     adapter_name = peft_model.lora_ga.adapter_name
     layers = delta_layers(peft_model, adapter_name)
-    if config.ga_estimator == "exact" and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
+    if config.ga_estimator == "exact" and not restart and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
         gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
         logger.warning(
             f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "

@@ -147,9 +147,12 @@ class LoRAGAMixin:
             order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
             drawn = order[:wanted].tolist()
             examples = [self.train_dataset[index] for index in drawn[mine]]
-        if len(drawn) < wanted and self.is_world_process_zero():
+        if (
+            len(drawn) < wanted and self.lora_ga_report is None and self.is_world_process_zero()
+        ):  # not at restarts again
             logger.warning(
-                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them."
+                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them; "
+                "lower `ga_num_samples` to be rid of this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
         # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch, so

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, environment
+from launching import REPOSITORY, environment, free_port
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
@@ -111,7 +111,9 @@ def test_the_help_of_sft_fits_a_screen_and_names_real_options(capsys):
     named = set(re.findall(r"--[a-z_0-9]+", HELP))
     assert named <= known
     assert {f"--{option.name}" for option in fields(LoRAGAArguments)} <= named
-    defaults = {action.dest: action.default for action in parser._actions}
+    defaults = {}
+    for action in parser._actions:
+        defaults.setdefault(action.dest, action.default)  # `--no_…` come after what they negate
     for name, value in re.findall(r"--((?:lora|ga)_[a-z_]+|use_rslora) ([a-zA-Z0-9-]+)(?:\s|$)", HELP):
         default = defaults[name]
         shown = default[0] if isinstance(default, list) else default
@@ -145,14 +147,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("prompt and completion", ".jsonl"), ("text", ".csv"), ("conversation", ".parquet")]
+)
 def test_every_kind_of_data_from_a_file(model, tmp_path, kind, suffix):
     rows = word_problems().map(KINDS[kind])
     if kind != "prompt and completion":
         rows = rows.remove_columns(["prompt", "completion"])
     path = tmp_path / f"rows{suffix}"
-    rows.to_json(path) if suffix == ".jsonl" else rows.to_parquet(path)
+    {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}[suffix](path)
     out = tmp_path / "out"
     main(["sft", "--model_name_or_path", model, "--dataset_path", str(path), *options(out, max_steps=1)])
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 16, "the paper's r 8, twice in the file"
@@ -210,7 +213,15 @@ def test_what_resuming_may_be_called(given, taken):
 
 def test_it_runs_under_the_launcher(model, data, tmp_path):
     """Two processes; the way of every multi-GPU run."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     words = ["--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out", max_steps=1)]
     done = subprocess.run(
         [*launcher, "-m", "lora_ga_trainer.cli.sft", *words],

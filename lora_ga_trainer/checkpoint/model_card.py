@@ -44,7 +44,7 @@ def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
     """Put the section on LoRA-GA into the card at `path`, or renew it, and correct what the others say of the base model."""
     card, base = ModelCard.load(path), base_name(peft_model)
     card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    card.data.tags = sorted({*(card.data.tags or []), "lora", TAG})
     if not is_hub_name(base):  # the hub refuses a card that names a folder; PEFT names whatever was loaded
         card.data.base_model = None
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
@@ -80,7 +80,7 @@ def is_hub_name(name: str) -> bool:
 def section(peft_model: PeftModel) -> str:
     state, base = peft_model.lora_ga, base_name(peft_model)
     parts = [
-        BEGIN,
+        f"{BEGIN}\n",
         "## LoRA-GA\n",
         "This is a LoRA adapter that started from the gradient of the full weights, with [LoRA-GA](https://arxiv.org/abs/"
         "2407.05000) as implemented in `lora_ga_trainer`. It is relative to the untouched base model"

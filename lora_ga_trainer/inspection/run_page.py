@@ -126,7 +126,9 @@ def draw(report: InitReport, norms: dict[int, Norms], log: Log, out: Path) -> li
         )
         add(
             "gradient_norm",
-            figures.heat_map(report.gradient_norm, "Norm of the gradient", "‖G‖, nats per token", logarithmic=True),
+            figures.heat_map(
+                report.gradient_norm, "Norm of the gradient", "‖G‖ (loss in nats per token)", logarithmic=True
+            ),
             "Norms of the gradients",
             "Frobenius norm of the mean gradient over the sampled tokens, with respect to the full weights; logarithmic.",
         )
@@ -147,7 +149,10 @@ def sections(path: Path, last: Snapshot, notes: list[str], pictures: list[Pictur
     state, report = last.state, last.state.report
     memory = "not measured" if report.extra_peak_bytes is None else f"{report.extra_peak_bytes / 2**20:,.1f} MiB extra"
     config = json.loads((last.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
-    facts = {"base model": config.get("base_model_name_or_path") or "made in memory", **settings(state)}
+    facts = {
+        "base model": config.get("base_model_name_or_path") or "made in memory",
+        **{name: value.replace("`", "") for name, value in settings(state).items()},
+    }
     took = {"layers": str(len(report.alignment)), "time": f"{report.seconds:,.2f} s", "peak memory": memory}
     if state.launch is not None:
         took["launched as"] = str(state.launch)
