@@ -244,7 +244,7 @@ def test_it_runs_under_the_launcher(model, data, tmp_path):
         (["--eval_strategy", "steps"], "`eval_strategy` is 'steps', but there is nothing to evaluate on"),
         (["--config", "nowhere.yaml"], "`config` is 'nowhere.yaml', but there is no such file"),
         (["--config"], "`config` is '', but there is no such file"),
-        (["--config=run.yaml"], "write `--config run.yaml`"),
+        (["--config=run.yaml"], "write `--config FILE`"),
         (["--ga_num_samples", "0"], "`ga_num_samples` is 0, but must be a whole number of at least 1"),
         (["--dataset_path", "rows.txt"], "rows.txt must end in one of .jsonl, .json, .parquet, .csv"),
         (["--dataset_path", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
@@ -264,9 +264,15 @@ def test_a_yaml_key_that_does_not_exist(tmp_path, model):
     )
 
 
-def test_neither_model_nor_data(data):
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds no options"), ("a: [1\n", "is not valid YAML")])
+def test_a_file_that_holds_no_options(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in error_of(["sft", "--config", str(tmp_path / "run.yaml")])
+
+
+def test_neither_model_nor_data(data, tmp_path):
     assert "just one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
-    assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data])
+    assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
 
 
 @pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages", "id"], ["body"], ["input_ids"], None])

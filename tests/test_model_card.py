@@ -89,8 +89,9 @@ def test_every_card_of_a_trainer(kind, tmp_path):
     check_card(tmp_path / "out/README.md", trainer.lora_ga_report, "org/some-base")
     trainer.create_model_card(model_name="a name", tags="mine")
     card = check_card(tmp_path / "out/README.md", trainer.lora_ga_report, "org/some-base")
-    assert "mine" in card.data.tags and "a name" in card.text
-    if kind == "sft":
+    assert "a name" in card.text
+    if kind == "sft":  # of transformers' card PEFT keeps no tags, with or without LoRA-GA
+        assert "mine" in card.data.tags
         assert {"trl", "sft"} <= set(card.data.tags) and "Cite TRL as" in card.text, "TRL's own card is kept"
     else:
         assert "### Training hyperparameters" in card.text, "transformers' own card is kept"
@@ -111,7 +112,7 @@ def test_a_base_that_is_not_on_the_hub(kind, base, tmp_path):
     trainer.train()
     trainer.create_model_card()
     card = check_card_without_name(tmp_path / "out/README.md", trainer.lora_ga_report)
-    assert (f"`{base}`" in card.text) == bool(base)
+    assert (f"`{base}`" if base else "a model without a name") in card.text
     trainer.save_model()
     check_card_without_name(tmp_path / "out/README.md", trainer.lora_ga_report)
 
