@@ -71,7 +71,7 @@ def grid_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arm_of(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What a run is an example of, whatever its learning rate and seed."""
-    return tuple((name, value) for name, value in settings.items() if name not in ("learning_rate", "seed"))
+    return tuple((name, value) for name, value in sorted(settings.items()) if name not in ("learning_rate", "seed"))
 
 
 def best_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:

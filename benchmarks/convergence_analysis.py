@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean
 from typing import Any, NamedTuple
 
 Run = dict[str, Any]
@@ -94,7 +93,3 @@ class Arm:
     def seeds_at_best(self) -> dict[int, float]:
         """Final loss by seed, at the best learning rate."""
         return {run["settings"]["seed"]: final_loss(run) for run in self.at(self.best_rate)}
-
-    @property
-    def mean_at_best(self) -> float:
-        return mean(self.seeds_at_best().values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import yaml
-from convergence import RUNS, arm_of, best_runs, grid_runs
+from convergence import RUNS, arm_of, grid_runs
 from convergence_analysis import Arm, final_loss, near_best, steps_to
 from results import markdown_table
 
@@ -25,16 +25,16 @@ BASELINE = "lora"
 
 
 def arms(sweep: dict[str, Any]) -> dict[str, list[Arm]]:
-    """By task, what has been measured of every arm of the sweep."""
+    """By task, what has been measured of every arm of the sweep, the grid's own seed first."""
     found: dict[str, dict[tuple, list]] = {}
-    for settings in grid_runs(sweep) + best_runs(sweep):
-        run = RUNS.find(settings)
-        if run is not None:
-            task = f"{settings['recipe']}_r{settings['r']}"
-            runs = found.setdefault(task, {}).setdefault(arm_of(settings), [])
-            if run not in runs:
-                runs.append(run)
-    return {task: labelled(by_arm) for task, by_arm in found.items()}
+    for settings in grid_runs(sweep):
+        found.setdefault(f"{settings['recipe']}_r{settings['r']}", {}).setdefault(arm_of(settings), [])
+    for run in sorted(RUNS.runs(), key=lambda run: run["settings"]["seed"]):
+        for by_arm in found.values():
+            if arm_of(run["settings"]) in by_arm:
+                by_arm[arm_of(run["settings"])].append(run)
+    measured = {task: {arm: runs for arm, runs in by_arm.items() if runs} for task, by_arm in found.items()}
+    return {task: labelled(by_arm) for task, by_arm in measured.items() if by_arm}
 
 
 def labelled(by_arm: dict[tuple, list]) -> list[Arm]:
@@ -85,7 +85,9 @@ def speed(arm: Arm, baseline: Arm, rate: float | None) -> str:
 
 
 def style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    """Other for every arm: with the second round of colours the markers shift by one."""
+    shift = index // len(COLOURS)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + shift) % len(MARKERS)]}
 
 
 def plot(task: str, task_arms: list[Arm]) -> Path:
@@ -122,7 +124,39 @@ def plot(task: str, task_arms: list[Arm]) -> Path:
         axis.legend(fontsize=8)
     figure.suptitle(task)
     path = PLOTS / f"convergence_{task}.png"
-    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def plot_numbers(task: str, task_arms: list[Arm]) -> Path:
+    """The three numbers of every arm as bars: loss at its best rate, at the usual ones, decades of rates near the best."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 1.5 + 0.45 * len(task_arms)), layout="constrained", sharey=True)
+    best, usual, width = axes
+    labels, rows = [arm.label for arm in task_arms], range(len(task_arms))
+    losses = [arm.losses() for arm in task_arms]
+    bars = best.barh(rows, [min(of_arm.values()) for of_arm in losses], color=COLOURS[0])
+    best.bar_label(
+        bars, [f" {min(x.values()):.3f} (lr {a.best_rate:g})" for x, a in zip(losses, task_arms, strict=True)]
+    )
+    thickness = 0.8 / len(USUAL_RATES)
+    for index, rate in enumerate(USUAL_RATES):
+        known = {row + (index - 0.5) * thickness: of_arm[rate] for row, of_arm in enumerate(losses) if rate in of_arm}
+        bars = usual.barh(list(known), list(known.values()), thickness, color=COLOURS[1 + index], label=f"lr {rate:g}")
+        usual.bar_label(bars, fmt=" %.3f")
+    ranges = [(row, near_best(of_arm)) for row, of_arm in enumerate(losses) if len(of_arm) > 2]
+    bars = width.barh([row for row, _ in ranges], [near.decades for _, near in ranges], color=COLOURS[3])
+    width.bar_label(bars, [f" {near}" for _, near in ranges], fontsize=9)
+    best.set(title="At each method's own best learning rate", xlabel="held-out loss, nats/token")
+    usual.set(title="At the learning rates that people use", xlabel="held-out loss, nats/token")
+    width.set(title="Learning rates within 5 % of the best", xlabel="decades")
+    best.set_yticks(rows, labels)
+    best.invert_yaxis()
+    usual.legend()
+    for axis in axes:
+        axis.margins(x=0.65)
+    figure.suptitle(task)
+    path = PLOTS / f"convergence_{task}_numbers.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
@@ -133,11 +167,12 @@ def main():
     parser.add_argument("sweep", type=Path)
     args = parser.parse_args()
     sweep = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
+    PLOTS.mkdir(exist_ok=True)
     print(f"`python benchmarks/convergence.py {args.sweep}`\n")
     for task, task_arms in arms(sweep).items():
-        print(
-            f"### {task}\n\n{table(task_arms)}\n\n![{task}]({plot(task, task_arms).relative_to(Path(__file__).parent)})\n"
-        )
+        print(f"### {task}\n\n{table(task_arms)}\n")
+        for path in (plot_numbers(task, task_arms), plot(task, task_arms)):
+            print(f"![{path.stem}]({path.relative_to(PLOTS.parent)})\n")
     print("; ".join(sorted({run["on"] for run in RUNS.runs()})))
 
 

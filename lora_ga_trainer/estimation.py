@@ -90,6 +90,12 @@ def items_in(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return int(counted_labels(model, batch["labels"]).ne(-100).sum())
 
 
+def count_examples(batch: dict[str, Tensor]) -> int:
+    """Rows of a batch, or what padding-free collators put into its single row one behind the other."""
+    rows = len(next(iter(batch.values())))
+    return int(batch["position_ids"].eq(0).sum()) if rows == 1 and "position_ids" in batch else rows
+
+
 def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
     """The labels that some prediction is compared with: a model of the next token predicts no first one."""
     # transformers takes the loss of a causal language model for every model that it does not know
@@ -172,9 +178,11 @@ def estimate_gradients(
     passes = max(accumulator.passes for accumulator in accumulators.values())
     weighted = even_batches(batches)
     bytes_of_passes = []
-    with tqdm(total=passes * len(weighted), disable=disable_tqdm, unit="batch") as progress:
+    share = f", process 1 of {world_size()}" if world_size() > 1 else ""
+    total = passes * sum(map(count_examples, batches))
+    with tqdm(total=total, disable=disable_tqdm, unit=" samples", desc="LoRA-GA gradient") as progress:
         for pass_number in range(1, passes + 1):
-            progress.set_description(f"LoRA-GA gradient, pass {pass_number}/{passes}")
+            progress.set_description(f"LoRA-GA gradient, pass {pass_number} of {passes}{share}")
             summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
             problem = None
             receivers = {name: accumulator.add for name, accumulator in summing.items()}
@@ -184,7 +192,7 @@ def estimate_gradients(
                     loss = compute_loss(model, send_to_device(dict(batch), device), num_items)
                     problem = problem or _loss_problem(loss, index)
                     backward(loss * (weight * loss_scale))
-                    progress.update()
+                    progress.update(count_examples(batch) if weight else 0)
             raise_on_all(problem)
             bytes_of_passes.append(_finish_sums(summing, loss_scale))
             for accumulator in summing.values():

@@ -13,6 +13,7 @@ from .delta import freeze_trained, write_factors
 from .estimation import Accumulator, layer_seed
 from .factors import Factors, lora_ga_factors, scale_factors
 from .quantized import dequantized_weight
+from .report import LayerReport
 
 
 def write_all_factors(
@@ -21,13 +22,13 @@ def write_all_factors(
     adapter_name: str,
     config: LoRAGAArguments,
     restart: bool = False,
-) -> dict[str, float]:
+) -> dict[str, LayerReport]:
     """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
 
     Nothing is written before all factors have been found; at a `restart` what each layer has learned is frozen before.
 
     Returns:
-        the alignment of each layer.
+        what there is to tell of each layer.
     """
     owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
     found: dict[str, Factors] = {}
@@ -43,22 +44,24 @@ def write_all_factors(
                 problem = f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
     raise_on_all(problem)
 
-    alignment = {}
+    reports = {}
     for name, layer in layers.items():
         R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
         device = compute_device(layer.lora_A[adapter_name].trainable)
-        flat = torch.empty(R * I + O * R + 1, device=device)
+        flat = torch.empty(R * I + O * R + 2 * R + 2, device=device)
         if name in found:
             factors = found.pop(name)
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), torch.tensor([factors.alignment], device=device)]
+            numbers = torch.tensor([factors.alignment, factors.gradient_norm], device=device)
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, numbers]
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
-        a, b, layer_alignment = flat.split([R * I, O * R, 1])
+        a, b, singular_values, numbers = flat.split([R * I, O * R, 2 * R, 2])
         if restart:
             freeze_trained(layer, adapter_name)
         write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
-        alignment[name] = layer_alignment.item()
-    return alignment
+        layer_alignment, gradient_norm = numbers.tolist()
+        reports[name] = LayerReport(layer_alignment, singular_values.tolist(), gradient_norm)
+    return reports
 
 
 def weight_singular_values(layer: LoraLayer, mine: bool) -> Tensor | None:

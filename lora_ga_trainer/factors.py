@@ -25,11 +25,13 @@ class SingularTriplets(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The initial LoRA factors of one layer, float32, and how well they point along its gradient."""
+    """The initial LoRA factors of one layer, float32, how well they point along its gradient, and that gradient's spectrum."""
 
     a_RI: Tensor
     b_OR: Tensor
     alignment: float
+    singular_values_K: Tensor
+    gradient_norm: float
 
 
 class Scales(NamedTuple):
@@ -160,4 +162,4 @@ def lora_ga_factors(
     """
     rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
     a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
-    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR))
+    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from .arguments import LoRAGAArguments, check_lora_config
 from .backends import batch_device, forget_optimizer_state, is_sharded, rank
@@ -207,7 +208,7 @@ def _factors_from_gradient(
     """Estimate, factor, write; at a `restart` what was trained goes to the history first."""
     adapter_name = peft_model.lora_ga.adapter_name
     layers = delta_layers(peft_model, adapter_name)
-    if config.ga_estimator == "exact" and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
+    if config.ga_estimator == "exact" and not restart and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
         gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
         logger.warning(
             f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
@@ -231,15 +232,19 @@ def _factors_from_gradient(
             disable_tqdm,
             adapter_is_zero=not restart,
         )
-        alignment = write_all_factors(layers, accumulators, adapter_name, config, restart)
+        found = write_all_factors(layers, accumulators, adapter_name, config, restart)
 
     report = InitReport(
-        alignment=alignment,
+        alignment={name: layer.alignment for name, layer in found.items()},
         num_items=num_items,
         seconds=time.perf_counter() - started,
         extra_peak_bytes=peak.extra_bytes,
         all_reduced_bytes=all_reduced_bytes,
+        singular_values={name: layer.singular_values for name, layer in found.items()},
+        gradient_norm={name: layer.gradient_norm for name, layer in found.items()},
     )
     if rank() == 0:
         logger.info(report.summary())
+        if not (disable_tqdm or logger.isEnabledFor(logging.INFO)):  # who watches the progress bar wants its end
+            tqdm.write(report.summary())
     return report

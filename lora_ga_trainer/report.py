@@ -1,6 +1,15 @@
 """What an initialization found and what it took."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class LayerReport(NamedTuple):
+    """What the initialization found in one layer; see `InitReport`."""
+
+    alignment: float
+    singular_values: list[float]
+    gradient_norm: float
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,9 @@ class InitReport:
             measured.
         all_reduced_bytes: for each pass, the bytes that every process put into the all-reduce of the gradients' sums;
             zeros when there was one process.
+        singular_values: for each adapted layer the 2·r leading singular values of G, the gradient of the mean loss per label
+            token, descending. Empty if it comes from a file older than this field; `gradient_norm` likewise.
+        gradient_norm: for each adapted layer ‖G‖, what lies beyond the 2·r included; with the sketch an estimate.
     """
 
     alignment: dict[str, float]
@@ -24,6 +36,8 @@ class InitReport:
     seconds: float
     extra_peak_bytes: int | None
     all_reduced_bytes: list[int]
+    singular_values: dict[str, list[float]] = field(default_factory=dict)
+    gradient_norm: dict[str, float] = field(default_factory=dict)
 
     @property
     def alignment_mean(self) -> float:
@@ -38,20 +52,23 @@ class InitReport:
         return min(self.alignment, key=self.alignment.__getitem__)
 
     def summary(self) -> str:
-        """One line for a person."""
+        """A block of lines for a person."""
         memory = (
-            "peak memory not measured here"
+            "not measured here"
             if self.extra_peak_bytes is None
             else f"{self.extra_peak_bytes / 2**20:,.0f} MiB extra at the peak"
         )
+        lines = [
+            f"LoRA-GA initialized {len(self.alignment)} layers from the gradient over {self.num_items:,} items",
+            f"  time       {self.seconds:,.1f} s",
+            f"  memory     {memory}",
+            f"  alignment  mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} in {self.alignment_min_layer}",
+        ]
         if any(self.all_reduced_bytes):
             mebibytes = ", ".join(f"{count / 2**20:,.2f}" for count in self.all_reduced_bytes)
-            memory += f", {mebibytes} MiB per process all-reduced in passes 1 to {len(self.all_reduced_bytes)}"
-        return (
-            f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} items in {self.seconds:.1f} s, "
-            f"{memory}. Alignment with the full gradient: mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} "
-            f"({self.alignment_min_layer})."
-        )
+            passes = f"passes 1 to {len(self.all_reduced_bytes)}" if len(self.all_reduced_bytes) > 1 else "its one pass"
+            lines.insert(3, f"  network    {mebibytes} MiB per process all-reduced in {passes}")
+        return "\n".join(lines)
 
     def metrics(self) -> dict[str, float]:
         """The same for a logger."""

@@ -9,6 +9,7 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -27,6 +28,7 @@ from .arguments import LoRAGAArguments
 from .backends import rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
+from .checkpoint.model_card import TAG, add_lora_ga
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
@@ -51,6 +53,7 @@ class LoRAGACallback(TrainerCallback):
         """Those of an earlier call of `train`, whose steps count for themselves."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.start_clock()
         # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
@@ -82,6 +85,9 @@ class LoRAGAMixin:
 
     EMPTY = "has no example"
     """What is wrong with the training set if it is empty once the trainer has prepared it."""
+
+    started: float | None = None
+    """When training began, on the clock of `time.perf_counter`."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -127,6 +133,7 @@ class LoRAGAMixin:
                 [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in restarted],
             )
         self.model.lora_ga.launch = launch
+        self.model.add_model_tags(TAG)
         # Trainer sets it with each step, and the initialization comes before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.add_callback(LoRAGACallback(self))
@@ -177,9 +184,12 @@ class LoRAGAMixin:
             order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
             drawn = order[:wanted].tolist()
             examples = [self.train_dataset[index] for index in drawn[mine]]
-        if len(drawn) < wanted and self.is_world_process_zero():
+        if (
+            len(drawn) < wanted and self.lora_ga_report is None and self.is_world_process_zero()
+        ):  # not at restarts again
             logger.warning(
-                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them."
+                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them; "
+                "lower `ga_num_samples` to be rid of this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
         # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch, so
@@ -269,6 +279,26 @@ class LoRAGAMixin:
         self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))
+
+    def start_clock(self) -> None:
+        """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""
+        logged = [entry["ga/seconds"] for entry in self.state.log_history if "ga/seconds" in entry]
+        self.started = time.perf_counter() - max(logged, default=0.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with `ga/seconds`: wall time since training began, initialization, evaluations and saving included.
+
+        Trainer's log tells steps only, and time not until the end; runs could not be compared over time.
+        """
+        if self.started is not None:
+            logs["ga/seconds"] = time.perf_counter() - self.started
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
         directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

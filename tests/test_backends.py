@@ -178,6 +178,9 @@ def test_the_factors_are_those_of_one_process(launched, references, name):
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
     assert found["report"].num_items == reference["report"].num_items
     assert found["report"].alignment == pytest.approx(reference["report"].alignment, rel=1e-4)
+    assert found["report"].gradient_norm == pytest.approx(reference["report"].gradient_norm, rel=1e-4)
+    for layer, values in reference["report"].singular_values.items():
+        assert found["report"].singular_values[layer] == pytest.approx(values, rel=1e-3)  # the small ones vary more
 
 
 @pytest.mark.parametrize("name", [*NAMES, "restarts"])

@@ -3,6 +3,7 @@
 adapter_files   saving, loading
 layouts         how a layer's parts make up its matrices in the file, of rank 2R, or R without the offset
 state           lora_ga.json: whose checkpoint it is
+model_card      README.md
 completeness    lora_ga_files.json: whether it is whole
 exporting       from a checkpoint to a bare adapter or a merged model, in one process
 """

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
 from ..delta import offset_halves
 from .layouts import LAYOUTS, Layout
+from .model_card import create_or_update_model_card
 from .state import LoRAGAState, check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.safetensors"
@@ -90,7 +91,8 @@ def adapter_state_dict(peft_model: PeftModel) -> dict[str, Tensor]:
 
 
 def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
-    """Have `peft_model.save_pretrained` and `load_adapter` write and read the files above; `Trainer` calls them too.
+    """Have `peft_model.save_pretrained` and `load_adapter` write and read the files above; `Trainer` calls them too. The model
+    card that is written with them tells of LoRA-GA.
 
     Bound to the instance, because PEFT offers no hook for an adapter's own file form, and its `load_adapter` drops keys
     that it does not know without a word.
@@ -98,6 +100,7 @@ def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
     peft_model.lora_ga = state
     peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
     peft_model.load_adapter = MethodType(load_adapter, peft_model)
+    peft_model.create_or_update_model_card = MethodType(create_or_update_model_card, peft_model)
 
 
 def save_pretrained(

@@ -1,0 +1,137 @@
+"""The model card (README.md) of a LoRA-GA adapter: what PEFT, TRL or transformers write, with a section on LoRA-GA in it.
+
+Whoever saves an adapter calls `create_or_update_model_card`, which `adapter_files.make_portable` replaces by the one here; and
+the trainers' `create_model_card` adds the same section. The section stands between two comments, so that it is found again.
+"""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+
+from .layouts import LAYOUTS
+from .state import LoRAGAState
+
+TAG = "lora-ga"
+BEGIN, END = "<!-- LoRA-GA -->", "<!-- end of LoRA-GA -->"
+HERE = "path/to/this/adapter"
+CITATION = """\
+@inproceedings{wang2024loraga,
+  title     = {{LoRA-GA: Low-Rank Adaptation with Gradient Approximation}},
+  author    = {Wang, Shaowen and Yu, Linxi and Li, Jian},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2407.05000}
+}"""
+
+
+def create_or_update_model_card(peft_model: PeftModel, output_dir: str | Path) -> None:
+    """`PeftModel.create_or_update_model_card`, which also tells of LoRA-GA. One process calls it."""
+    if peft_model.lora_ga.adapter_name not in peft_model.peft_config:  # deleted since
+        type(peft_model).create_or_update_model_card(peft_model, output_dir)
+        return
+    path = Path(output_dir, "README.md")
+    if not path.exists():  # PEFT would begin with a form to fill in
+        ModelCard(f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n").save(path)
+    type(peft_model).create_or_update_model_card(peft_model, output_dir)
+    add_lora_ga(peft_model, path)
+
+
+def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
+    """Put the section on LoRA-GA into the card at `path`, or renew it, and correct what the others say of the base model."""
+    card, base = ModelCard.load(path), base_name(peft_model)
+    card.data.library_name = "peft"
+    card.data.tags = sorted({*(card.data.tags or []), "lora", TAG})
+    if not is_hub_name(base):  # the hub refuses a card that names a folder; PEFT names whatever was loaded
+        card.data.base_model = None
+        card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
+    elif not card.data.base_model:
+        card.data.base_model = base
+    # TRL's quick start loads `hub_model_id`, which is None before a push, and takes every adapter for a chat model
+    text = re.sub(r"^## Quick start\n.*?(?=^## )", "", card.text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(f"{BEGIN}.*?{END}\n*", "", text, flags=re.DOTALL)
+    # what TRL 1.16 and transformers 5.23 write when the base model has no name, or is a folder
+    known = f"`{base}`" if base else "a model without a name"
+    for unknown in ("None", ""):
+        text = text.replace(f"[{unknown}](https://huggingface.co/{unknown})", known)
+    text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {known} on ")
+    text = text.replace("on the None dataset.", "on an unknown dataset.")  # transformers', of a data set made in memory
+    before, heading, after = re.match(r"(.*?)(^##+ |\Z)(.*)", text, flags=re.DOTALL | re.MULTILINE).groups()
+    card.text = f"{before.rstrip()}\n\n{section(peft_model)}\n\n{heading}{after}".rstrip() + "\n"
+    card.save(path)
+
+
+def base_name(peft_model: PeftModel) -> str:
+    """Folder or hub name of the base model; empty if it was made in memory."""
+    config = peft_model.peft_config[peft_model.lora_ga.adapter_name]
+    return config.base_model_name_or_path or ""
+
+
+def is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).is_dir()
+
+
+def section(peft_model: PeftModel) -> str:
+    state, base = peft_model.lora_ga, base_name(peft_model)
+    parts = [
+        f"{BEGIN}\n",
+        "## LoRA-GA\n",
+        "This is a LoRA adapter that started from the gradient of the full weights, with [LoRA-GA](https://arxiv.org/abs/"
+        "2407.05000) as implemented in `lora_ga_trainer`. It is relative to the untouched base model"
+        f"{f' `{base}`' if base else ''}, and loads with stock [PEFT](https://github.com/huggingface/peft):\n",
+        f"```python\n{how_to_load(peft_model, base)}\n```\n",
+        "| setting | |\n|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings(state).items()),
+        f"\nCite LoRA-GA as:\n\n```bibtex\n{CITATION}\n```",
+        END,
+    ]
+    return "\n".join(parts)
+
+
+def how_to_load(peft_model: PeftModel, base: str) -> str:
+    """Code that loads the adapter on its base model; `HERE` stands for its folder."""
+    model_class = type(peft_model.get_base_model())
+    lines = ["from peft import PeftModel"]
+    if model_class.__module__.startswith("transformers."):
+        name = model_class.__name__
+        lines.append(f"from transformers import {name}\n")
+        lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r})")
+    else:
+        lines.append(f"\nbase = ...  # a {model_class.__name__}, with the weights that the adapter was trained on")
+    adapter_name = peft_model.lora_ga.adapter_name
+    folder = "" if adapter_name == "default" else f", subfolder={adapter_name!r}"
+    lines.append(f"model = PeftModel.from_pretrained(base, {HERE!r}{folder})  # or its name on the hub")
+    return "\n".join(lines).replace("'", '"')
+
+
+def settings(state: LoRAGAState) -> dict[str, str]:
+    """What the reader of a card wants to know of a run, by its name."""
+    lora, ga, report = state.lora, state.options, state.report
+    r, times = lora["r"], LAYOUTS[ga["ga_offset"]].times * (len(state.restarts) + 1)
+    exact = ga["ga_estimator"] == "exact"
+    found = {
+        "rank that trained": f"r = {r}",
+        "rank of the file": f"{times * r}",
+        "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA)' if lora['use_rslora'] else 'α/r'}",
+        "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
+        + (f", {report.num_items:,} label tokens" if report else ""),
+        "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']} passes",
+        "direction, scale": f"{ga['ga_direction']}, {ga['ga_scale']}"
+        + (f" with γ = {ga['ga_gamma']:g}" if ga["ga_scale"] == "stable" else ""),
+        "seed": f"`ga_seed` = {ga['ga_seed']}",
+    }
+    if report:
+        found["alignment with the full gradient"] = (
+            f"mean {report.alignment_mean:.3f}, minimum {report.alignment_min:.3f} in `{report.alignment_min_layer}`, over "
+            f"{len(report.alignment)} layers"
+        )
+    if state.restarts:
+        found["restarts from a fresh gradient"] = str(len(state.restarts))
+    return found

@@ -1,0 +1,46 @@
+"""lora-ga COMMAND, or python -m lora_ga_trainer.cli COMMAND"""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "sft": "fine-tune a language model on your data, started from the gradient",
+    "export": "turn a checkpoint into a bare adapter, or merge it into its base model",
+    "eval": "run GSM8K, HumanEval, MT-Bench or GLUE on a model with or without an adapter",
+    "inspect": "draw what an initialization found and how the run went, as one HTML page",
+    "compare": "overlay the losses of several runs, and print a table of them",
+}
+"""Every command is the module of its name."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lora-ga COMMAND [options]",
+            "",
+            "LoRA that starts from the gradient (arXiv 2407.05000).",
+            "",
+            *lines,
+            "",
+            "lora-ga COMMAND --help tells a command's options.",
+            "On several GPUs: accelerate launch -m lora_ga_trainer.cli.sft [options]; eval likewise.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name not in COMMANDS:
+        sys.exit(
+            f"error: {name!r} is no command of lora-ga. There are {', '.join(COMMANDS)}; `lora-ga --help` tells more."
+        )
+    else:
+        import_module(f".{name}", __package__).main(options)
+
+
+if __name__ == "__main__":
+    main()

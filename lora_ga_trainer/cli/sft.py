@@ -1,0 +1,228 @@
+"""lora-ga sft --model_name_or_path MODEL --dataset_name NAME | --dataset_path FILE [options]
+
+On several processes: accelerate launch --config_file accelerate_configs/zero3.yaml -m lora_ga_trainer.cli.sft ...
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import ModelConfig, ScriptArguments
+
+from .parsing import errors_as_messages, options_parser, parse_options
+
+if TYPE_CHECKING:
+    from ..arguments import LoRAGASFTConfig
+
+HELP = """\
+usage: {prog} --model_name_or_path MODEL (--dataset_name NAME | --dataset_path FILE)
+       [--config FILE.yaml] [options]
+
+Fine-tune a decoder-only model with LoRA, started from the gradient. The data may be prompts and
+completions, conversations or text. Options come from the YAML file and, over it, from the command
+line. The ones most used:
+
+  model      --model_name_or_path  --dtype bfloat16  --attn_implementation  --load_in_4bit
+  data       --dataset_name  --dataset_config  --dataset_train_split  --dataset_test_split
+             --dataset_path FILE  --eval_dataset_path FILE     .jsonl, .json, .parquet or .csv
+             --max_length 1024  --packing  --completion_only_loss  --assistant_only_loss
+  adapter    --lora_r 8  --lora_alpha 16  --use_rslora true  --lora_dropout 0
+             --lora_target_modules all-linear
+  LoRA-GA    --ga_num_samples 64        examples that the gradient is averaged over
+             --ga_batch_size            at a time; half the training batch
+             --ga_estimator sketch      or exact: the full gradients in float32
+             --ga_sketch_passes 2       --ga_sketch_size, by default 2r + 32
+             --ga_direction ArB2r       --ga_scale stable  --ga_gamma 16
+             --ga_offset true           false: B from zero, files of rank r
+             --ga_restart_steps         a fresh gradient every so many steps
+             --ga_restart_warmup_steps  --ga_seed 42
+  training   --output_dir  --learning_rate 2e-4  --num_train_epochs  --max_steps  --seed
+             --per_device_train_batch_size  --gradient_accumulation_steps  --lr_scheduler_type
+             --eval_strategy steps  --eval_steps  --save_steps  --save_total_limit
+             --logging_steps  --report_to tensorboard  --push_to_hub
+  going on   --resume_from_checkpoint true    the last complete checkpoint, or a folder
+
+{prog} --help_all tells all options and their defaults: those of TRL's SFTConfig,
+ModelConfig and ScriptArguments, but the adapter's, which are the LoRA-GA paper's."""
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's `ScriptArguments`, and local files."""
+
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Local .jsonl, .json, .parquet or .csv file to train on."}
+    )
+    eval_dataset_path: str | None = field(
+        default=None, metadata={"help": "Local file to evaluate on, beside `dataset_path`."}
+    )
+
+    def __post_init__(self):
+        if (self.dataset_name is None) == (self.dataset_path is None):
+            raise ValueError(
+                f"`dataset_name` is {self.dataset_name!r} and `dataset_path` is {self.dataset_path!r}, but just one of them "
+                "must be set: a data set on the hub, or a local file."
+            )
+        if self.dataset_path is not None and self.dataset_streaming:
+            raise ValueError("`dataset_streaming` is for data sets on the hub. Leave it out with `dataset_path`.")
+
+
+@dataclass
+class AdapterConfig(ModelConfig):
+    """TRL's `ModelConfig` with the paper's adapter as the default.
+
+    Raises:
+        ValueError: no model, or `use_peft` is off.
+    """
+
+    use_peft: bool = field(default=True, metadata={"help": "LoRA-GA is a start for LoRA: always on."})
+    lora_r: int = field(default=8, metadata={"help": "The adapter's rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers that get an adapter."}
+    )
+    use_rslora: bool = field(default=True, metadata={"help": "Scaling by lora_alpha/sqrt(r) instead of lora_alpha/r."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise ValueError("`model_name_or_path` is not set. Name a model on the hub, or a folder with one.")
+        if not self.use_peft:
+            raise ValueError(
+                "`use_peft` is False, but LoRA-GA is a start for LoRA. For full fine-tuning use `trl sft`."
+            )
+
+
+def main(argv: list[str] | None = None, prog: str = "lora-ga sft") -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(HELP.format(prog=prog))
+        return
+    from ..arguments import LoRAGASFTConfig
+
+    types = (DataArguments, LoRAGASFTConfig, AdapterConfig)
+    if {"--help_all", "--help-all"} & set(argv):
+        options_parser(types, prog).print_help()
+        return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lora_ga_trainer").setLevel(logging.INFO)
+    with errors_as_messages():
+        options = parse_options(types, argv, prog)
+        train(*options)
+
+
+def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args: AdapterConfig) -> None:
+    """Load, train, save. Every process calls it."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..sft_trainer import LoRAGASFTTrainer
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    with training_args.main_process_first():  # it makes the copies that the others read
+        train_dataset, eval_dataset = load_data(data_args, training_args)
+    trainer = LoRAGASFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
+    trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`
+    out = training_args.output_dir
+    if training_args.push_to_hub:  # which saves as well
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(Path(out).resolve().name, data_args.dataset_name)
+    trainer.accelerator.print(
+        f"The adapter is in {out}; {Path(out, 'README.md')} tells how to load it.\n"
+        f"To look at the run: lora-ga inspect {out} --out {Path(out, 'inspection')}"
+    )
+    trainer.end()
+
+
+def resume_choice(option: str | bool | None) -> str | bool | None:
+    """What the trainer takes: True, a folder, or None. The command line has only text."""
+    words = {"true": True, "false": None, "none": None}
+    return words.get(str(option).lower(), option)
+
+
+def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tuple[Any, Any]:
+    """(to train on, to evaluate on or None).
+
+    Raises:
+        ValueError: no such file, data set or split; columns that are no training data; or nothing to evaluate on.
+    """
+    evaluates = training_args.eval_strategy != "no"
+    if data_args.dataset_path is not None:
+        from ..evaluation.sources import local_items
+
+        if evaluates and data_args.eval_dataset_path is None:
+            raise ValueError(
+                f"`eval_strategy` is {str(training_args.eval_strategy.value)!r}, but there is nothing to evaluate on. Set "
+                "`eval_dataset_path`, or leave out `eval_strategy`."
+            )
+        parts = {data_args.dataset_path: local_items(data_args.dataset_path, ())}
+        if evaluates:
+            parts[data_args.eval_dataset_path] = local_items(data_args.eval_dataset_path, ())
+        wanted = [data_args.dataset_path, data_args.eval_dataset_path if evaluates else None]
+    else:
+        parts = hub_data(data_args)
+        wanted = [data_args.dataset_train_split, data_args.dataset_test_split if evaluates else None]
+    for name in wanted:
+        if name is not None and name not in parts:
+            raise ValueError(
+                f"{data_args.dataset_name} has no split {name!r}, only {', '.join(parts)}. Set `dataset_train_split` and, to "
+                "evaluate, `dataset_test_split`."
+            )
+        if name is not None:
+            check_trainable(parts[name].column_names, name, training_args.dataset_text_field)
+    train_name, eval_name = wanted
+    return parts[train_name], parts[eval_name] if eval_name is not None else None
+
+
+def hub_data(data_args: DataArguments) -> dict[str, Any]:
+    """All splits of `dataset_name`, a name on the hub or a folder.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(
+            data_args.dataset_name, name=data_args.dataset_config, streaming=data_args.dataset_streaming
+        )
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise ValueError(
+            f"The data set {data_args.dataset_name} cannot be loaded ({error}). Check the name and the connection, or pass a "
+            "local file as `dataset_path`."
+        ) from error
+
+
+def check_trainable(columns: list[str] | None, source: str, text_field: str) -> None:
+    """
+    Raises:
+        ValueError: `columns` are known, and hold none of TRL's kinds of data.
+    """
+    kinds = {"prompt", "completion"}, {"messages"}, {text_field}, {"input_ids"}
+    if columns is not None and not any(kind <= set(columns) for kind in kinds):
+        raise ValueError(
+            f"{source} has the columns {', '.join(columns)}, but must have prompt and completion, or messages, or "
+            f"{text_field}. Rename them, or name the column of text with `dataset_text_field`."
+        )
+
+
+if __name__ == "__main__":
+    main()

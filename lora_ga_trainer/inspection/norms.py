@@ -1,0 +1,43 @@
+"""How large A0, B0, dA and dB of each layer are, out of a checkpoint's files.
+
+Shapes: O out features, I in features, R the rank that trains.
+"""
+
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..checkpoint.adapter_files import FROZEN_FILE
+from ..checkpoint.layouts import LAYOUTS
+from ..checkpoint.state import LoRAGAState
+
+PARTS = {
+    "A0": (".lora_A.frozen",),
+    "dA": (".lora_A.trainable",),
+    "B0": (".lora_B.frozen",),
+    "dB": (".lora_B.trainable", ".lora_B.weight"),  # the latter without the offset
+}
+"""Ends of the names that `layouts` gives to a layer's parts."""
+
+Norms = dict[str, list[float]]
+"""Of each part that there is, one Frobenius norm per layer."""
+
+
+def factor_norms(adapter: Path, state: LoRAGAState) -> Norms:
+    """‖A0‖ (R×I), ‖dA‖, ‖B0‖ (O×R) and ‖dB‖, float32, of every layer of the saved adapter in `adapter`.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    try:
+        portable, kept = (load_file(adapter / name) for name in (SAFETENSORS_WEIGHTS_NAME, FROZEN_FILE))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{adapter} has no readable weights ({error}).") from error
+    native = LAYOUTS[state.options["ga_offset"]].split(portable, kept)
+    norms = {
+        part: [value.float().norm().item() for name, value in native.items() if name.endswith(ends)]
+        for part, ends in PARTS.items()
+    }
+    return {part: values for part, values in norms.items() if values}

@@ -1,0 +1,296 @@
+"""`lora-ga`: what each command takes, refuses and does."""
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, environment, free_port
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
+
+import lora_ga_trainer
+from lora_ga_trainer.arguments import LoRAGAArguments, LoRAGASFTConfig
+from lora_ga_trainer.cli.__main__ import COMMANDS, main
+from lora_ga_trainer.cli.parsing import options_parser
+from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments, check_trainable, resume_choice
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    word_problems().to_json(tmp_path / "rows.jsonl")
+    return str(tmp_path / "rows.jsonl")
+
+
+def options(out, **overrides) -> list[str]:
+    """The options of `sft_arguments` as words."""
+    return [word for name, value in sft_arguments(out, **overrides).items() for word in (f"--{name}", str(value))]
+
+
+def error_of(arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as ending:
+        main(arguments)
+    assert isinstance(ending.value.code, str) and ending.value.code.startswith("error: ")
+    return ending.value.code
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed(arguments, capsys):
+    main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    for name, what in COMMANDS.items():
+        assert sum(line.split() == [name, *what.split()] for line in lines) == 1
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100, "a screen"
+
+
+def test_a_wrong_command_says_which_there_are():
+    assert "'train' is no command of lora-ga. There are sft, export, eval, inspect, compare" in error_of(["train"])
+
+
+def test_help_and_wrong_usage_do_not_wait_for_torch():
+    """In one new process; what a command needs is imported when it runs."""
+    code = """
+import sys
+from lora_ga_trainer.cli.__main__ import main
+for words in ([], ["no"], ["sft", "--help"], ["export", "-h"], ["export"], ["export", "--checkpoint_dir", "a", "--out", "b",
+              "--no_such", "1"], ["eval"], ["eval", "-h"], ["eval", "no"], ["inspect", "-h"], ["inspect"], ["compare", "-h"],
+              ["compare", "--bogus", "1"]):
+    try:
+        main(words)
+    except SystemExit:
+        pass
+slow = {"torch", "transformers", "peft", "datasets", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported: {slow}" if slow else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_public_names_are_found_when_they_are_used():
+    for name in lora_ga_trainer.__all__:
+        assert getattr(lora_ga_trainer, name) is not None and name in dir(lora_ga_trainer)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lora_ga_trainer.no_such_name
+
+
+def test_the_console_script_is_this_main():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    assert setup["options.entry_points"]["console_scripts"].strip() == "lora-ga = lora_ga_trainer.cli.__main__:main"
+
+
+def test_the_help_of_sft_fits_a_screen_and_names_real_options(capsys):
+    main(["sft", "--help"])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 40 and max(map(len, said.splitlines())) <= 100
+    parser = options_parser((DataArguments, LoRAGASFTConfig, AdapterConfig), "lora-ga sft")
+    known = {text for action in parser._actions for text in action.option_strings} | {"--config", "--help_all"}
+    named = set(re.findall(r"--[a-z_0-9]+", HELP))
+    assert named <= known
+    assert {f"--{option.name}" for option in fields(LoRAGAArguments)} <= named
+    defaults = {}
+    for action in parser._actions:
+        defaults.setdefault(action.dest, action.default)  # `--no_…` come after what they negate
+    for name, value in re.findall(r"--((?:lora|ga)_[a-z_]+|use_rslora) ([a-zA-Z0-9-]+)(?:\s|$)", HELP):
+        default = defaults[name]
+        shown = default[0] if isinstance(default, list) else default
+        assert str(shown).lower().removesuffix(".0") == value.lower(), f"the default of {name}"
+    main(["sft", "--help_all"])
+    assert "--adam_beta2" in capsys.readouterr().out
+
+
+def test_both_ways_to_export_and_to_evaluate_are_one(capsys):
+    from lora_ga_trainer.checkpoint.__main__ import main as export_main
+    from lora_ga_trainer.cli import eval as eval_command
+    from lora_ga_trainer.cli import export as export_command
+    from lora_ga_trainer.evaluation.__main__ import main as evaluation_main
+
+    assert export_main is export_command.main and evaluation_main.func is eval_command.main
+    for command in (["eval", "gsm8k", "--help"], ["export", "--help"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        said = capsys.readouterr().out
+        assert f"usage: lora-ga {' '.join(command[:-1])} [--config FILE.yaml]" in said and len(said.splitlines()) < 50
+
+
+# --- sft --------------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "prompt and completion": lambda row: row,
+    "text": lambda row: {"text": row["prompt"] + row["completion"]},
+    "conversation": lambda row: {
+        "messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("prompt and completion", ".jsonl"), ("text", ".csv"), ("conversation", ".parquet")]
+)
+def test_every_kind_of_data_from_a_file(model, tmp_path, kind, suffix):
+    rows = word_problems().map(KINDS[kind])
+    if kind != "prompt and completion":
+        rows = rows.remove_columns(["prompt", "completion"])
+    path = tmp_path / f"rows{suffix}"
+    {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}[suffix](path)
+    out = tmp_path / "out"
+    main(["sft", "--model_name_or_path", model, "--dataset_path", str(path), *options(out, max_steps=1)])
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 16, "the paper's r 8, twice in the file"
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert sum("ga/alignment_mean" in entry for entry in log) == 1
+    assert any("train_runtime" in entry for entry in log), "the whole log"
+
+
+def test_options_come_from_the_file_and_over_it_from_the_command_line(model, data, tmp_path, capsys):
+    config = {"lora_r": 2, "learning_rate": 1e-2, "ga_num_samples": 4, "eval_strategy": "steps", "eval_steps": 1}
+    config |= {"model_name_or_path": model, "dataset_path": data, "eval_dataset_path": data, "use_rslora": False}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    out = tmp_path / "out"
+    words = [word for word in options(out, max_steps=1) if word not in ("--ga_num_samples", "8")]
+    words = ["--learning-rate" if word == "--learning_rate" else word for word in words]
+    main(["sft", "--config", str(tmp_path / "run.yaml"), *words, "--lora_r", "3"])
+    saved = json.loads((out / "lora_ga.json").read_text())
+    assert (saved["lora"]["r"], saved["lora"]["use_rslora"], saved["options"]["ga_num_samples"]) == (3, False, 4)
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in log if "loss" in entry] == [1e-3], "that of `options`"
+    assert any("eval_loss" in entry for entry in log)
+    assert f"The adapter is in {out}" in capsys.readouterr().out
+
+
+def test_it_resumes_and_what_it_saves_loads_with_stock_peft(model, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["sft", "--model_name_or_path", model, "--dataset_path", data]
+    words += options(out, max_steps=4, save_strategy="steps", save_steps=2)
+    main(words)
+    whole = load_file(out / "adapter_model.safetensors")
+    shutil.rmtree(out / "checkpoint-4")
+    main([*words, "--resume_from_checkpoint", "true"])
+    again = load_file(out / "adapter_model.safetensors")
+    assert all((whole[name] == again[name]).all() for name in whole)
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert sum("ga/alignment_mean" in entry for entry in log) == 1, "estimation was skipped"
+    PeftModel.from_pretrained(tiny_model(), out)
+    assert "lora-ga" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (None, None),
+        ("True", True),
+        ("true", True),
+        (True, True),
+        ("false", None),
+        ("out/checkpoint-3", "out/checkpoint-3"),
+    ],
+)
+def test_what_resuming_may_be_called(given, taken):
+    assert resume_choice(given) == taken
+
+
+def test_it_runs_under_the_launcher(model, data, tmp_path):
+    """Two processes; the way of every multi-GPU run."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    words = ["--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out", max_steps=1)]
+    done = subprocess.run(
+        [*launcher, "-m", "lora_ga_trainer.cli.sft", *words],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = json.loads((tmp_path / "out/lora_ga.json").read_text())
+    assert saved["launch"] == {"backend": "DDP", "world_size": 2}
+    assert done.stdout.count("The adapter is in") == 1, "on the main process only"
+    assert done.stderr.count("LoRA-GA initialized 14 layers") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "There is no option '--learning_rat'. Did you mean --learning_rate?"),
+        (["--use_peft", "false"], "`use_peft` is False, but LoRA-GA is a start for LoRA"),
+        (["--dataset_name", "a/b"], "`dataset_name` is 'a/b' and `dataset_path` is .*just one of them must be set"),
+        (["--dataset_streaming", "true"], "`dataset_streaming` is for data sets on the hub"),
+        (["--eval_strategy", "steps"], "`eval_strategy` is 'steps', but there is nothing to evaluate on"),
+        (["--config", "nowhere.yaml"], "`config` is 'nowhere.yaml', but there is no such file"),
+        (["--config"], "`config` is '', but there is no such file"),
+        (["--config=run.yaml"], "write `--config FILE`"),
+        (["--ga_num_samples", "0"], "`ga_num_samples` is 0, but must be a whole number of at least 1"),
+        (["--dataset_path", "rows.txt"], "rows.txt must end in one of .jsonl, .json, .parquet, .csv"),
+        (["--dataset_path", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["--lora_r", "40"], "rank 40 is too large"),
+    ],
+)
+def test_what_sft_refuses(model, data, tmp_path, words, message):
+    said = error_of(["sft", "--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out"), *words])
+    assert re.search(message, said)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_yaml_key_that_does_not_exist(tmp_path, model):
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: {model}\ndataset_path: rows.jsonl\nga_samples: 4\n")
+    assert "There is no option '--ga_samples'. Did you mean --ga_num_samples?" in error_of(
+        ["sft", "--config", str(tmp_path / "run.yaml")]
+    )
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds no options"), ("a: [1\n", "is not valid YAML")])
+def test_a_file_that_holds_no_options(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in error_of(["sft", "--config", str(tmp_path / "run.yaml")])
+
+
+def test_neither_model_nor_data(data, tmp_path):
+    assert "just one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
+    assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
+
+
+@pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages", "id"], ["body"], ["input_ids"], None])
+def test_columns_that_can_be_trained_on(columns):
+    check_trainable(columns, "rows", "body")
+
+
+def test_columns_that_cannot():
+    with pytest.raises(ValueError, match="rows has the columns question, answer, but must have prompt and completion"):
+        check_trainable(["question", "answer"], "rows", "text")
+
+
+def test_a_folder_as_a_data_set_and_its_splits(model, tmp_path):
+    """`load_dataset` takes a folder for a name on the hub; no network is needed."""
+    (tmp_path / "set").mkdir()
+    word_problems().to_json(tmp_path / "set/train.jsonl")
+    words = ["sft", "--model_name_or_path", model, "--dataset_name", str(tmp_path / "set")]
+    main([*words, *options(tmp_path / "out", max_steps=1)])
+    assert Path(tmp_path, "out/adapter_model.safetensors").is_file()
+    said = error_of([*words, *options(tmp_path / "out"), "--eval_strategy", "steps"])
+    assert "has no split 'test', only train" in said
