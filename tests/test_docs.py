@@ -208,8 +208,9 @@ def check_subcommand(command: str, options: list[str]) -> None:
             parse_options((export.ExportArguments,), options, "lora-ga export")
         case "eval":
             benchmark, *options = options
-            module = import_module(f"lora_ga_trainer.evaluation.{benchmark}")
-            parse_options((eval.ModelArguments, getattr(module, eval.BENCHMARKS[benchmark])), options, "lora-ga eval")
+            name = eval.BENCHMARKS[benchmark]
+            arguments = getattr(import_module(f"lora_ga_trainer.evaluation.{benchmark}"), name)
+            parse_options((eval.ModelArguments, arguments), options, "lora-ga eval")
         case "inspect" | "compare":
             # Their options are few, and end in argparse's own exit, 2, where they are wrong; the runs of a page are not here.
             with pytest.raises(SystemExit, match=r"^error: There is no folder"):
