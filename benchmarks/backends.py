@@ -1,4 +1,4 @@
-"""Every backend against one process: factors, losses, resuming, bytes, seconds. Makes the README's table.
+"""Every backend against one process: factors, losses, resuming, bytes, seconds. Makes the table in docs/distributed.md.
 
     python benchmarks/backends.py
 

@@ -169,9 +169,10 @@ def restart_lora_ga(
 
     From then on only `save_pretrained` and `load_adapter` carry the whole adapter: what was frozen is not in `state_dict()`.
 
+    All other arguments are as for `initialize_lora_ga`.
+
     Args:
         optimizer: that of the training, as `accelerator.prepare` or `deepspeed.initialize` returned it.
-        peft_model, batches, config, compute_loss: as for `initialize_lora_ga`.
 
     Returns:
         the alignment of each layer, and what the estimation took.

@@ -1,4 +1,4 @@
-"""One process of a launched run: trains a tiny model and writes down all that the tests and the README's table compare.
+"""One process of a launched run: trains a tiny model and writes down all that is compared by tests and docs/distributed.md.
 
     accelerate launch --config_file accelerate_configs/cpu/zero3.yaml tests/backend_worker.py OUT
 
