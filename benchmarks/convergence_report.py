@@ -34,8 +34,8 @@ def arms(sweep: dict[str, Any]) -> dict[str, list[Arm]]:
         for by_arm in found.values():
             if arm_of(run["settings"]) in by_arm:
                 by_arm[arm_of(run["settings"])].append(run)
-    measured = {task: {arm: runs for arm, runs in by_arm.items() if runs} for task, by_arm in found.items()}
-    return {task: labelled(by_arm) for task, by_arm in measured.items() if by_arm}
+    measured = {task: [arm for arm in labelled(by_arm) if arm.runs] for task, by_arm in found.items()}
+    return {task: task_arms for task, task_arms in measured.items() if task_arms}
 
 
 def labelled(by_arm: dict[tuple, list]) -> list[Arm]:
