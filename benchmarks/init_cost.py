@@ -41,7 +41,7 @@ from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.memory import peak_memory
 
@@ -136,7 +136,7 @@ def measure_gradient(args: Namespace) -> dict[str, Any]:
     config = OURS["ours, exact"]
     layers = delta_layers(model, attach_lora_ga(model, config))
     accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-    num_items = count_label_tokens(model, batches)
+    num_items = count_items(model, batches)
     estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
     gradients = {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
     best = {}

@@ -4,13 +4,19 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftType, TaskType
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .factors import Direction, Scale
 
 ESTIMATORS = ("sketch", "exact")
+LARGEST_SEED = 2**63 - 1
+"""torch's generators take 64 bits, and every restart draws with a seed one higher."""
+
+
+def _is_number_above_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 @dataclass
@@ -120,6 +126,8 @@ class LoRAGAArguments:
         )
         self._check_integer("ga_restart_warmup_steps", minimum=0, remedy="10 is the default, 0 none")
         self._check_integer("ga_seed", minimum=0, remedy="42 is the default")
+        if self.ga_seed > LARGEST_SEED:
+            raise ValueError(f"`ga_seed` is {self.ga_seed}, but must be at most {LARGEST_SEED}. 42 is the default.")
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
         self._check_choice("ga_scale", get_args(Scale))
@@ -132,9 +140,10 @@ class LoRAGAArguments:
                 f"`ga_restart_steps` is {self.ga_restart_steps}, but `ga_offset` is False: a restart keeps what was trained "
                 "beside a pair A0, B0 with its offset. Leave out one of the two."
             )
-        gamma = self.ga_gamma
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
-            raise ValueError(f"`ga_gamma` is {gamma!r}, but must be a finite number above 0. 16.0 is the default.")
+        if not _is_number_above_zero(self.ga_gamma):
+            raise ValueError(
+                f"`ga_gamma` is {self.ga_gamma!r}, but must be a finite number above 0. 16.0 is the default."
+            )
 
     def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -175,20 +184,63 @@ class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
         Seq2SeqTrainingArguments.__post_init__(self)
 
 
-Config = TypeVar("Config", LoRAGASFTConfig, LoRAGASeq2SeqConfig)
+@dataclass
+class LoRAGARewardConfig(LoRAGAArguments, RewardConfig):
+    """TRL's `RewardConfig` and the `ga_*` fields of `LoRAGAArguments`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `RewardConfig` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        RewardConfig.__post_init__(self)
+
+
+@dataclass
+class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
+    """TRL's `DPOConfig` and the `ga_*` fields of `LoRAGAArguments`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `DPOConfig` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        DPOConfig.__post_init__(self)
+
+
+@dataclass
+class LoRAGATrainingArguments(LoRAGAArguments, TrainingArguments):
+    """transformers' `TrainingArguments` and the `ga_*` fields of `LoRAGAArguments`, for a `LoRAGAMixin` over a `Trainer`.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `TrainingArguments` raises.
+    """
+
+    def __post_init__(self):
+        LoRAGAArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 def with_ga_options(config_class: type[Config], args: TrainingArguments | None, model: Any) -> Config:
     """`args` as a `config_class`: itself, or its fields and the default `ga_*` options.
 
     Raises:
-        ValueError: `args` has fields that `config_class` does not have.
+        ValueError: `args` is no configuration of a trainer, or has fields that `config_class` does not have.
     """
     if isinstance(args, config_class):
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return config_class(f"{name.split('/')[-1] or 'model'}-LoRA-GA")
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, but must be a configuration. Pass `{config_class.__name__}(output_dir=...)`."
+        )
     # `to_dict` would hide every field that ends in "token", `eos_token` too
     values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
     unknown = values.keys() - {option.name for option in fields(config_class)}
@@ -214,7 +266,9 @@ OTHER_METHODS = {
     "velora_config": "VeLoRA compresses the activations that the gradient needs",
     "monteclora_config": "MonteCLoRA samples the factors",
     "kasa_config": "KaSA adds singular values to the factors",
-    "target_parameters": "parameters outside of linear layers have no input that the probe could see",
+    "target_parameters": "parameters outside of linear layers have no input that the probe could see. The experts of a "
+    'Mixture-of-Experts model are such parameters, and PEFT makes this field of "all-linear", "gate_proj" and the like; name '
+    'the linear layers instead, for example `target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]`',
     "megatron_config": "Megatron's parallel layers split the factors",
 }
 """Fields of `LoraConfig` that change what an adapter computes, so that LoRA-GA's factors would mean something else."""
@@ -226,7 +280,7 @@ def check_lora_config(config: LoraConfig) -> None:
     Raises:
         ValueError: naming the field, its value and what to do.
     """
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
             f"`peft_config` is a {type(config).__name__}, but LoRA-GA initializes LoRA adapters: pass a `LoraConfig`, or "
             "leave it out for the paper's (r 8, α 16, rsLoRA, all linear layers)."
@@ -234,12 +288,18 @@ def check_lora_config(config: LoraConfig) -> None:
     if config.init_lora_weights is not True:
         raise ValueError(
             f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
-            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own `SFTTrainer`."
+            "is the initialization here. Leave `init_lora_weights` at its default (True), or use the trainer without LoRA-GA."
         )
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if not _is_number_above_zero(alpha):
+            raise ValueError(
+                f"An alpha of the `LoraConfig` (`lora_alpha` or in `alpha_pattern`) is {alpha!r}, but must be a finite number "
+                "above 0: the adapter's output is multiplied by it. 16 is the paper's."
+            )
     for option in fields(config):
         value = getattr(config, option.name)
         if option.name in OTHER_METHODS and value:
             raise ValueError(
                 f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
-                f"Leave out `{option.name}`, or use TRL's own `SFTTrainer`."
+                f"Leave out `{option.name}`, or use the trainer without LoRA-GA."
             )

@@ -161,6 +161,15 @@ def compute_device(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
+def batch_device(model: nn.Module) -> torch.device:
+    """Where `model`, which may be split over devices, takes its batches: where its first parameter is used.
+
+    Parameters that accelerate's `device_map` offloads are empty ones on "meta" and say nothing; its hooks move what comes in.
+    """
+    devices = (compute_device(parameter) for parameter in model.parameters())
+    return next(device for device in devices if device.type != "meta")
+
+
 def may_freeze_while_probing(model: nn.Module) -> bool:
     """Whether parameters may be frozen during the estimation. Everywhere they should be, but under FSDP2 they must not.
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
 from .backends import compute_device, full_tensor, is_sharded, write_parameter
@@ -150,7 +151,7 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, is sharded, or has already been trained (B is not zero).
+            side of a layer, is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -198,8 +199,15 @@ def _freeze_initial_factors(layer: LoraLayer) -> None:
             half.frozen.requires_grad_(False)
 
 
+def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter stands beside y = W x. For embeddings and convolutions PEFT makes no `nn.Linear` as A; torch's own
+    attention module gets one, but runs on the sum of its weight and the adapter's, as one of several products."""
+    has_linear_A = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
+    return has_linear_A and not isinstance(layer, MultiheadAttention)
+
+
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
-    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+    if not _is_linear(layer, adapter_name):
         raise ValueError(
             f"LoRA-GA cannot initialize {name} ({type(layer).__name__}): it needs the gradient of a weight that "
             "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
@@ -211,12 +219,25 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             "`attach_lora_ga(model, config)` before `deepspeed.initialize`, `fully_shard` or `accelerator.prepare`, and "
             "`initialize_lora_ga` after it."
         )
+    if layer.lora_A[adapter_name].weight.is_meta:
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} has no memory, because the layer's weight is offloaded to the CPU or to "
+            "disk by its `device_map`, and PEFT cannot train an adapter there. Load the model with a `device_map` that keeps "
+            "the target layers on devices, quantize it, or offload with DeepSpeed (accelerate_configs/zero3_offload.yaml)."
+        )
     rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
     if rank > largest:
+        leaf = name.split(".")[-1]
+        smaller = f"Lower `r`, or set `rank_pattern={{{leaf!r}: {largest}}}` for this layer, or exclude it"
         raise ValueError(
             f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
-            f"singular vectors of its gradient, so r can be {largest} at most. Lower `r`, or set "
-            f"`rank_pattern={{{name.split('.')[-1]!r}: {largest}}}` for this layer, or exclude it."
+            f"singular vectors of its gradient, so r can be {largest} at most. "
+            f"{smaller if largest else 'Exclude it'}: `exclude_modules=[{leaf!r}]`."
+        )
+    if not layer.lora_B[adapter_name].weight.requires_grad:
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} is not trainable. Make it so with `LoraConfig(inference_mode=False)`, or "
+            "load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     if layer.lora_B[adapter_name].weight.any():
         raise ValueError(

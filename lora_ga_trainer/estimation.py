@@ -9,15 +9,25 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import find_batch_size, send_to_device
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .accumulator import ExactGradient, GradientSketch
 from .arguments import LoRAGAArguments
-from .backends import compute_device, gather_objects, raise_on_all, rank, sum_over_processes, world_size
+from .backends import (
+    batch_device,
+    compute_device,
+    full_shape,
+    gather_objects,
+    raise_on_all,
+    rank,
+    sum_over_processes,
+    world_size,
+)
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch
@@ -28,38 +38,64 @@ SKETCH_OVERSAMPLING = 32
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
 
 
-def count_label_tokens(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
-    """The number of tokens that the loss counts, in the `batches` of all processes.
+def check_batches(model: nn.Module, batches: list[dict[str, Tensor]], need_labels: bool) -> None:
+    """
+    Raises:
+        ValueError: a batch of some process has tokens that the model does not know; or no labels, though they are needed.
+    """
+    raise_on_all(next(filter(None, (_batch_problem(model, batch, need_labels) for batch in batches)), None))
+
+
+def _batch_problem(model: nn.Module, batch: dict[str, Tensor], needs_labels: bool) -> str | None:
+    if needs_labels and "labels" not in batch:
+        return (
+            f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
+            "Add `labels`, −100 where a token must not count."
+        )
+    if "input_ids" in batch:
+        largest, known = int(batch["input_ids"].max()), full_shape(model.get_input_embeddings().weight)[0]
+        if largest >= known:
+            return (
+                f"A batch for LoRA-GA holds the token {largest}, but the model has only {known} embeddings. Use the tokenizer "
+                "that belongs to the model, or `model.resize_token_embeddings(len(tokenizer))` after adding tokens."
+            )
+    return None
+
+
+def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
+    """How many items the mean loss is a mean over, in the `batches` of all processes; see `items_in`.
 
     Raises:
-        ValueError: no process has a batch, or such a token.
+        ValueError: no process has a batch, or an item.
     """
-    raise_on_all(
-        next(
-            (
-                f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
-                "Add `labels`, −100 where a token must not count."
-                for batch in batches
-                if "labels" not in batch
-            ),
-            None,
-        )
-    )
-    num_items_here = sum(int(counted_labels(model, batch["labels"]).ne(-100).sum()) for batch in batches)
+    num_items_here = sum(items_in(model, batch) for batch in batches)
     num_batches, num_items = map(sum, zip(*gather_objects((len(batches), num_items_here)), strict=True))
     if num_batches == 0:
         raise ValueError("LoRA-GA got no batch to estimate the gradient on. Pass at least one example.")
     if num_items == 0:
         raise ValueError(
             f"All labels of the {num_batches} batches for LoRA-GA are −100, so there is no loss and no gradient. Check "
-            "the completion mask, and that prompts are shorter than `max_length`."
+            "the completion mask, that texts are not empty, and that prompts are shorter than `max_length`."
         )
     return num_items
 
 
+def items_in(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """What the loss of `batch` is a mean over: its labels but for −100, of tokens or of examples, or all rows if it has none.
+
+    Pairs of texts, as those of DPO and of reward models, have no labels: each counts as two rows, in every batch.
+    """
+    if "labels" not in batch:
+        return find_batch_size(batch)
+    return int(counted_labels(model, batch["labels"]).ne(-100).sum())
+
+
 def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
-    """The labels that some prediction is compared with: a decoder-only model predicts no first token."""
-    return labels if model.config.is_encoder_decoder else labels[..., 1:]
+    """The labels that some prediction is compared with: a model of the next token predicts no first one."""
+    # transformers takes the loss of a causal language model for every model that it does not know
+    loss = LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)
+    is_shifted = loss is ForCausalLMLoss and not model.config.is_encoder_decoder and labels.dim() > 1
+    return labels[..., 1:] if is_shifted else labels
 
 
 def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
@@ -71,6 +107,7 @@ def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in
         logits = model(**inputs, use_cache=False).logits
         # position t predicts token t + 1; moving the labels instead of the logits copies nothing large
         labels = F.pad(counted_labels(model, batch["labels"]), (0, 1), value=-100)
+    labels = labels.to(logits.device)  # of a model that is split over devices
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
@@ -131,7 +168,7 @@ def estimate_gradients(
     # A token's share of the mean loss is 1/num_items, which fp16 would lose on the way back. Backward runs on the loss
     # times a power of two near num_items; the sums are divided by it afterwards, which rounds nothing.
     loss_scale = 2.0 ** math.floor(math.log2(num_items))
-    device = compute_device(next(model.parameters()))
+    device = batch_device(model)
     passes = max(accumulator.passes for accumulator in accumulators.values())
     weighted = even_batches(batches)
     bytes_of_passes = []
@@ -143,7 +180,8 @@ def estimate_gradients(
             receivers = {name: accumulator.add for name, accumulator in summing.items()}
             with gradient_probe(model, layers, receivers, adapter_is_zero) as backward:
                 for index, (batch, weight) in enumerate(weighted):
-                    loss = compute_loss(model, send_to_device(batch, device), num_items)
+                    # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
+                    loss = compute_loss(model, send_to_device(dict(batch), device), num_items)
                     problem = problem or _loss_problem(loss, index)
                     backward(loss * (weight * loss_scale))
                     progress.update()

@@ -5,7 +5,6 @@ Shapes: O out features, I in features, R LoRA rank.
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from .arguments import LoRAGAArguments
@@ -13,6 +12,7 @@ from .backends import broadcast, compute_device, full_tensor, raise_on_all, rank
 from .delta import freeze_trained, write_factors
 from .estimation import Accumulator, layer_seed
 from .factors import Factors, lora_ga_factors, scale_factors
+from .quantized import dequantized_weight
 
 
 def write_all_factors(
@@ -66,7 +66,7 @@ def weight_singular_values(layer: LoraLayer, mine: bool) -> Tensor | None:
 
     The whole weight lives no longer than this call, so that no two ever stand on a process.
     """
-    weight = full_tensor(dequantize_module_weight(layer.get_base_layer()))
+    weight = full_tensor(dequantized_weight(layer))
     return torch.linalg.svdvals(weight.detach().float()) if mine else None
 
 

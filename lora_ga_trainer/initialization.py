@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import LoRAGAArguments, check_lora_config
-from .backends import compute_device, forget_optimizer_state, is_sharded, rank
+from .backends import batch_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
     ComputeLoss,
-    count_label_tokens,
+    check_batches,
+    count_items,
     estimate_gradients,
     language_model_loss,
     make_accumulator,
@@ -31,6 +32,7 @@ from .estimation import (
 from .factorization import write_all_factors
 from .memory import peak_memory
 from .probe import preserved_rng
+from .quantized import check_scale
 from .report import InitReport
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
                 f"`ga_offset` is {config.ga_offset}, but the adapter {adapter_name!r} was attached with "
                 f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
             )
+        check_scale(delta_layers(peft_model, adapter_name), config)
         state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
         peft_model.lora_ga = replace(state, launch=former.launch)
         return adapter_name
@@ -91,6 +94,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     check_targets(layers, adapter_name)
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
+    check_scale(layers, config)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name, config.ga_offset)
     make_portable(peft_model, state)
@@ -124,14 +128,15 @@ def initialize_lora_ga(
         config: the `ga_*` options; a `LoRAGASFTConfig` is one. `ga_num_samples` and `ga_batch_size` are for whoever
             makes the batches.
         compute_loss: called as `compute_loss(model, batch, num_items_in_batch)`, like `Trainer.compute_loss`, with the
-            number of label tokens in all batches; returns a scalar. The gradient is that of the sum over batches. By
-            default the cross-entropy of a language model, summed over the batch's label tokens, divided by that number.
+            number of labels but for −100 in all batches, or of their rows if they have no `labels`; returns a scalar. The
+            gradient is that of the sum over batches. By default the cross-entropy of a language model, summed over the
+            batch's label tokens, divided by that number.
 
     Returns:
         the alignment of each layer, and what the initialization took.
 
     Raises:
-        ValueError: no batch, no label token, a loss that is not finite, or a target that gets no finite, non-zero
+        ValueError: no batch, no label, a loss that is not finite, or a target that gets no finite, non-zero
             gradient; also what `attach_lora_ga` raises.
     """
     if not isinstance(config, LoRAGAArguments):
@@ -210,10 +215,11 @@ def _factors_from_gradient(
         )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
-    num_items = count_label_tokens(peft_model, batches)
+    check_batches(peft_model, batches, need_labels=compute_loss is None)
+    num_items = count_items(peft_model, batches)
 
     started = time.perf_counter()
-    with peak_memory(compute_device(next(peft_model.parameters()))) as peak:
+    with peak_memory(batch_device(peft_model)) as peak:
         accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
         all_reduced_bytes = estimate_gradients(
             peft_model,

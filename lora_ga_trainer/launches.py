@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -75,6 +76,21 @@ def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
         raise ValueError(
             "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2. "
             "Leave it out: without it checkpointing is not reentrant, which is what PyTorch recommends."
+        )
+
+
+def check_offloading(option: str) -> None:
+    """Refuse `option`, which moves activations from the accelerator to the host, where torch finds no accelerator.
+
+    TRL 1.16 and transformers 5.23 run into an error there that does not say so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not torch.accelerator.is_available():
+        raise ValueError(
+            f"{option} moves activations from a GPU to the host, but torch finds no GPU or other accelerator here. Leave it "
+            "out: the activations are on the host already."
         )
 
 

@@ -1,26 +1,32 @@
 """The gradient probe: see the gradient of every adapted weight while the model runs, and leave no trace.
 
 For y = W x the gradient of a loss L is ∂L/∂W = Σ dyᵀ x over tokens. The probe hands (x, dy) of each layer to that
-layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized.
+layer's accumulator. So the weight never needs `requires_grad`, need not be whole on this process, and may be quantized, if
+the quantized layer has a backward for its input (see `quantized`).
 
 Shapes: O out features, I in features, T tokens.
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .backends import may_freeze_while_probing
+from .quantized import checked_backward
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
-"""Numeric attributes of transformers' modules with these in their names add noise while training: `attention_dropout`,
-`layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
+"""Numeric attributes of transformers' modules and configurations with these in their names add noise while training:
+`attention_dropout`, `layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
 
 
 class _Tap(torch.autograd.Function):
@@ -35,7 +41,9 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return output.view_as(output)
+        # The same memory under a new name. Not `view_as`: autograd forbids changing the view of a custom function in place, as
+        # Falcon does with what its layers return. Nobody else holds `output`.
+        return output.detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -51,24 +59,36 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
     dy is the gradient at the output of the whole PEFT layer, which is that of W plus that of its adapter, so also the
     gradient at the output of W.
 
+    A layer that runs several times in a forward gives each of its calls, and the sum is its gradient. Where W is shared with
+    another module, such as the head's with the embedding, what that one does with W does not count: the adapter stands
+    beside this layer's W x only, so the share of this layer is what its first step can follow.
+
     Yields:
         the anchor of all taps: a backward that is to reach nothing else can ask for its gradient.
+
+    Raises:
+        ValueError: from the forward, where a layer returns something else than y = W x, such as Llama 4's router.
     """
     anchor = torch.zeros((), requires_grad=True)
 
-    def tap(receive: Callable[[Tensor, Tensor], None]):
+    def tap(name: str, receive: Callable[[Tensor, Tensor], None]):
         def receive_2d(x: Tensor, dy: Tensor) -> None:
             with torch.autocast(dy.device.type, enabled=False):
                 receive(x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float())
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"LoRA-GA cannot initialize {name}: its forward returns a {type(output).__name__} instead of the product "
+                    f"of its weight and its input. Leave it out with `exclude_modules=[{name.split('.')[-1]!r}]`."
+                )
             return _Tap.apply(output, args[0].detach(), anchor, receive_2d)
 
         return hook
 
     with ExitStack() as stack:
         for name, receive in receivers.items():
-            stack.callback(layers[name].register_forward_hook(tap(receive)).remove)
+            stack.callback(layers[name].register_forward_hook(tap(name, receive)).remove)
         yield anchor
 
 
@@ -86,19 +106,51 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bypassed(layers: dict[str, LoraLayer]) -> Iterator[None]:
-    """While inside, the layers compute W x only: their adapters add zero, at the cost of two products and two copies."""
-    try:
+def held_adapters(model: nn.Module, layers: dict[str, LoraLayer], off: bool) -> Iterator[None]:
+    """While inside, a forward may switch the adapters off and on, and no parameter comes to require a gradient by it.
+
+    DPO's reference is the model under `disable_adapter()`. Left alone, PEFT's layers and `modules_to_save` would come out of it
+    switched on and requiring gradients.
+
+    Args:
+        off: the layers compute W x only, and stay so: adapters that add zero cost two products and two copies.
+    """
+    switch_of_layers = _stay_off if off else _switch_without_gradients
+    switches = {
+        module: _switch_without_gradients for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    switches |= dict.fromkeys(layers.values(), switch_of_layers)
+    if off:
         for layer in layers.values():
             layer.enable_adapters(False)
-        yield
+    for module, switch in switches.items():
+        module.enable_adapters = MethodType(switch, module)
+    try:
+        with warnings.catch_warnings():
+            # PEFT finds it odd that the layers are off while `modules_to_save` are on
+            warnings.filterwarnings(
+                "ignore", message="The model contains some adapter layers that are enabled and others"
+            )
+            yield
     finally:
-        for layer in layers.values():
-            layer.enable_adapters(True)
+        for module in switches:
+            del module.enable_adapters
+        if off:
+            for layer in layers.values():
+                layer.enable_adapters(True)
 
 
-def _makes_noise(module: nn.Module, attribute: str) -> bool:
-    is_rate_of_dropout_module = attribute == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+def _stay_off(module: nn.Module, enabled: bool) -> None:
+    pass
+
+
+def _switch_without_gradients(module: nn.Module, enabled: bool) -> None:
+    type(module).enable_adapters(module, enabled)
+    module.requires_grad_(False)
+
+
+def _makes_noise(owner: nn.Module | PreTrainedConfig, attribute: str) -> bool:
+    is_rate_of_dropout_module = attribute == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)
     return is_rate_of_dropout_module or any(part in attribute for part in NOISE_ATTRIBUTES)
 
 
@@ -106,20 +158,22 @@ def _makes_noise(module: nn.Module, attribute: str) -> bool:
 def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
     """While inside, the model is in training mode (gradient checkpointing works in no other) but drops nothing out."""
     modes = {module: module.training for module in model.modules()}
+    # a few, such as Falcon, ask their configuration for the rate in every forward
+    configs = {id(v): v for module in modes for v in vars(module).values() if isinstance(v, PreTrainedConfig)}
     noise = [
-        (module, name, value)
-        for module in modes
-        for name, value in vars(module).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(module, name)
+        (owner, name, value)
+        for owner in (*modes, *configs.values())
+        for name, value in vars(owner).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(owner, name)
     ]
     try:
         model.train()
-        for module, name, _ in noise:
-            setattr(module, name, 0.0)
+        for owner, name, value in noise:
+            setattr(owner, name, type(value)(0))  # configurations check the type
         yield
     finally:
-        for module, name, value in noise:
-            setattr(module, name, value)
+        for owner, name, value in noise:
+            setattr(owner, name, value)
         for module, mode in modes.items():
             module.training = mode
 
@@ -139,11 +193,12 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def silent_parameters(
-    model: nn.Module, zero_layers: dict[str, LoraLayer], anchor: Tensor
+    model: nn.Module, layers: dict[str, LoraLayer], adapter_is_zero: bool, anchor: Tensor
 ) -> Iterator[Callable[[Tensor], None]]:
     """Yields the `backward(loss)` that reaches all taps, writes no parameter's gradient and wakes no hook of a parameter."""
     if may_freeze_while_probing(model):
-        with frozen_parameters(model), bypassed(zero_layers):  # in this order: bypassing switches parameters on again
+        # in this order: on leaving, PEFT switches the layers' parameters on
+        with frozen_parameters(model), held_adapters(model, layers, off=adapter_is_zero):
             yield Tensor.backward
     else:
         yield partial(Tensor.backward, inputs=[anchor])
@@ -166,11 +221,17 @@ def gradient_probe(
 
     Yields:
         the `backward(loss)` to use instead of `loss.backward()`.
+
+    Raises:
+        ValueError: on leaving, if a quantized layer has no backward.
     """
     with (
+        # nothing is compiled for the taps, which would cost more than it saves and count towards the limit of recompilations
+        torch.compiler.set_stance("force_eager"),
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,
-        silent_parameters(model, layers if adapter_is_zero else {}, anchor) as backward,
+        checked_backward(model, layers, anchor),
+        silent_parameters(model, layers, adapter_is_zero, anchor) as backward,
     ):
         yield backward

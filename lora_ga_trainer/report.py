@@ -10,7 +10,8 @@ class InitReport:
     Attributes:
         alignment: for each adapted layer by module name, cos(G, B0 B0ᵀ G + G A0ᵀ A0) in [0, 1]: how much of the gradient
             the first step of the adapter can follow. With the sketch, ‖G‖ in it is an estimate.
-        num_items: label tokens that the gradient was averaged over.
+        num_items: what the gradient was averaged over: label tokens, labels of examples, or rows of batches without labels
+            (two for each pair of DPO and of reward models).
         seconds: wall time of the estimation and factorization.
         extra_peak_bytes: peak memory in use minus memory in use before, activations included; None where it cannot be
             measured.
@@ -47,7 +48,7 @@ class InitReport:
             mebibytes = ", ".join(f"{count / 2**20:,.2f}" for count in self.all_reduced_bytes)
             memory += f", {mebibytes} MiB per process all-reduced in passes 1 to {len(self.all_reduced_bytes)}"
         return (
-            f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} tokens in {self.seconds:.1f} s, "
+            f"LoRA-GA initialized {len(self.alignment)} layers from {self.num_items:,} items in {self.seconds:.1f} s, "
             f"{memory}. Alignment with the full gradient: mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} "
             f"({self.alignment_min_layer})."
         )

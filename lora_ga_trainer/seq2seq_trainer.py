@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 from .arguments import LoRAGASeq2SeqConfig, check_lora_config, paper_lora_config, with_ga_options
 from .launches import check_shared_embeddings, launch_of
-from .trainer import LoRAGAMixin, check_not_empty
+from .trainer import LoRAGAMixin
 
 
 class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):
@@ -77,6 +77,4 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
             if args.gradient_checkpointing:  # reentrant checkpointing passes a gradient on only if its input has one
                 model.enable_input_require_grads()
         super().__init__(model, args, *positional, **kwargs)
-        check_not_empty(self.train_dataset, "has no example")
         check_shared_embeddings(launch_of(self.accelerator), model)
-        self.attach_lora_ga()

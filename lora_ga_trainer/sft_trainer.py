@@ -1,17 +1,16 @@
 """`LoRAGASFTTrainer`: decoder-only models."""
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from peft import PeftModel
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
-from .arguments import LoRAGASFTConfig, check_lora_config, paper_lora_config, with_ga_options
-from .trainer import LoRAGAMixin, check_not_empty
+from .arguments import LoRAGASFTConfig
+from .training_data import check_examples
+from .trl_trainer import LoRAGATRLMixin
 
 
-class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
+class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     """TRL's `SFTTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
 
     `args` may be a `LoRAGASFTConfig`, or an `SFTConfig` or `TrainingArguments`, which get the default `ga_*` options.
@@ -24,36 +23,25 @@ class LoRAGASFTTrainer(LoRAGAMixin, SFTTrainer):
 
     Raises:
         ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, or the dataset is empty; from `train`, what
-            `initialize_lora_ga` raises.
+            the adapter has been initialized or trained already, the dataset is empty or its columns are not those that TRL
+            reads, or the model is an encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
-    def __init__(self, *args, **kwargs):
-        call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs)
-        arguments = call.arguments
-        arguments["args"] = with_ga_options(LoRAGASFTConfig, arguments.get("args"), arguments["model"])
-        if not isinstance(arguments["model"], PeftModel):
-            if arguments.get("peft_config") is None:
-                arguments["peft_config"] = paper_lora_config()
-            check_lora_config(arguments["peft_config"])
-        check_not_empty(arguments.get("train_dataset"), "has no example")
-        super().__init__(*call.args[1:], **call.kwargs)
-        check_not_empty(
-            self.train_dataset,
-            "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)",
-        )
-        self.attach_lora_ga()
+    config_class = LoRAGASFTConfig
+    EMPTY = "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)"
 
-    @contextmanager
-    def unchanged_metrics(self) -> Iterator[None]:
-        metrics = {
-            mode: {name: list(values) for name, values in group.items()} for mode, group in self._metrics.items()
-        }
-        tokens = self._total_train_tokens
-        try:
-            yield
-        finally:
-            for mode, group in self._metrics.items():
-                group.clear()
-                group.update(metrics[mode])
-            self._total_train_tokens = tokens
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The model is an encoder-decoder ({self.model.config.model_type}), but `LoRAGASFTTrainer` is for decoder-only "
+                "models. Use `LoRAGASeq2SeqTrainer`."
+            )
+        if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
+            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
+            enable_selective_activation_checkpointing(self.model.get_base_model())
+
+    def check_arguments(self, arguments: dict[str, Any]) -> None:
+        super().check_arguments(arguments)
+        if arguments.get("formatting_func") is None:
+            check_examples(arguments.get("train_dataset"), arguments["args"])

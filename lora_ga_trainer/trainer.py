@@ -1,4 +1,4 @@
-"""LoRA-GA for a `Trainer`: what `LoRAGASFTTrainer` and `LoRAGASeq2SeqTrainer` have in common.
+"""LoRA-GA for a `Trainer`: what all trainers here have in common, and what makes one of any other `Trainer`.
 
 trainer = LoRAGASFTTrainer(model, args, train_dataset=...)    the adapter gets its delta form: zero, like any LoRA
 trainer.train()                                               1. sample n training examples
@@ -9,7 +9,7 @@ trainer.save_model()                                          an ordinary LoRA a
 """
 
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,18 +20,21 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .backends import gather_objects, rank, world_size
+from .arguments import LoRAGAArguments
+from .backends import rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
-from .checkpoint.completeness import check_can_resume, last_complete, mark_complete, remove_former
+from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
 from .delta import offset_halves
+from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
-from .launches import check_checkpointing, check_restart, launch_has_schedule, launch_of
+from .launches import check_checkpointing, check_offloading, check_restart, launch_has_schedule, launch_of
 from .probe import preserved_rng
 from .report import InitReport
 from .restarts import check_schedule, restart_is_due, rewarm
+from .training_data import check_not_empty
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +67,56 @@ class LoRAGACallback(TrainerCallback):
 
 
 class LoRAGAMixin:
-    """LoRA-GA for a `transformers.Trainer`; comes before it in the bases. Its `args` hold the `ga_*` options."""
+    """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
+
+        class MyTrainer(LoRAGAMixin, Trainer): ...
+
+    The trainer takes what it took before: `model` is a `PeftModel` with an untrained LoRA adapter, or becomes one in the
+    trainer's own `__init__`; `args` hold the `ga_*` options, as `LoRAGATrainingArguments` do. The gradient is that of the mean
+    of `compute_loss` over the sampled examples. All else is as with `LoRAGASFTTrainer`.
+
+    Raises:
+        ValueError: on deriving, the mixin comes after the `Trainer`; on construction, `args` have no `ga_*` options, the
+            training set is empty, or what `attach_lora_ga` raises; from `train`, what `initialize_lora_ga` raises.
+    """
+
+    EMPTY = "has no example"
+    """What is wrong with the training set if it is empty once the trainer has prepared it."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if Trainer in bases and bases.index(Trainer) < bases.index(LoRAGAMixin):
+            raise ValueError(
+                f"In the bases of {cls.__name__} `LoRAGAMixin` comes after a `Trainer`, which would train plain LoRA without a "
+                f"word. Write `class {cls.__name__}(LoRAGAMixin, ...)`."
+            )
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, LoRAGAArguments):
+            kind = type(self.args).__name__
+            raise ValueError(
+                f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
+                f"your own that derives from `LoRAGAArguments` and `{kind}`."
+            )
+        check_not_empty(self.train_dataset, self.EMPTY)
+        self.attach_lora_ga()
 
     def attach_lora_ga(self) -> None:
-        """To be called at the end of `__init__`: delta form now, factors when training begins.
+        """The adapter gets its delta form now, and its factors when training begins.
 
         Raises:
-            ValueError: a launch that LoRA-GA does not support, or what `initialization.attach_lora_ga` raises.
+            ValueError: a launch that LoRA-GA does not support, an `output_dir` that cannot be written to, or what
+                `initialization.attach_lora_ga` raises.
         """
+        if self.args.should_save:
+            check_writable(Path(self.args.output_dir))
         launch = launch_of(self.accelerator)
         how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
+        if how.get("offload"):
+            check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
         adapter_name = attach_lora_ga(self.model, self.args)
         if self.args.ga_restart_steps is not None:
             check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))
@@ -98,7 +140,8 @@ class LoRAGAMixin:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
         with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
             report = initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
-        self.log(report.metrics())
+        with self.unchanged_metrics():
+            self.log(report.metrics())
 
     def restart_lora_ga(self) -> None:
         """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
@@ -107,20 +150,14 @@ class LoRAGAMixin:
             report = restart_lora_ga(
                 self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
             )
-        self.log(report.metrics())
+        with self.unchanged_metrics():
+            self.log(report.metrics())
 
     @contextmanager
     def estimating(self, seed: int) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
         """Yields the batches to estimate on and whether to hide the progress bar; nothing that training reads is changed."""
-        accumulation_steps = self.current_gradient_accumulation_steps
-        with preserved_rng(), self.unchanged_metrics(), self.plain_token_mean():
-            batches = self.sample_batches(seed)
-            try:
-                # TRL divides the per-batch auxiliary loss of a Mixture-of-Experts model by this
-                self.current_gradient_accumulation_steps = sum(gather_objects(len(batches)))
-                yield batches, self.args.disable_tqdm or not self.is_world_process_zero()
-            finally:
-                self.current_gradient_accumulation_steps = accumulation_steps
+        with preserved_rng(), self.unchanged_metrics(), self.plain_batch_mean():
+            yield self.sample_batches(seed), self.args.disable_tqdm or not self.is_world_process_zero()
 
     def sample_batches(self, seed: int) -> list[dict[str, Tensor]]:
         """This process's share of `ga_num_samples` examples of the prepared training set, through the trainer's collator.
@@ -151,23 +188,33 @@ class LoRAGAMixin:
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
-        """The loss that will be trained on, as a share of the token-weighted mean over all sampled examples."""
+        """The loss that will be trained on, as this batch's share of the mean over all sampled examples.
+
+        Some losses divide by `num_items_in_batch`; others, as those of DPO, of reward models and of many encoders, are means
+        over the batch whatever it says. With the items of this batch alone both are its mean.
+        """
         inputs = self._prepare_inputs(batch)
+        items = items_in(model, inputs)
+        divisor = torch.tensor(max(items, 1)) if "labels" in inputs else None
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(num_items_in_batch))
+            loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
+        if items == 0:  # the mean over no label is no number
+            loss = loss.nan_to_num()
+        return loss * (items / num_items_in_batch)
 
     @contextmanager
-    def plain_token_mean(self) -> Iterator[None]:
-        """`average_tokens_across_devices` multiplies the loss by the number of processes, to undo DDP's averaging of gradients.
+    def plain_batch_mean(self) -> Iterator[None]:
+        """While inside, `compute_loss` takes its batch for the only one of a step, on the only process.
 
-        The estimation sums over processes, so nothing is to be undone.
+        Otherwise `average_tokens_across_devices` would multiply it by the number of processes, to undo DDP's averaging of
+        gradients, and TRL divide the auxiliary loss of a Mixture-of-Experts model by the number of batches in a step.
         """
-        value = self.args.average_tokens_across_devices
+        averages, steps = self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps
         try:
-            self.args.average_tokens_across_devices = False
+            self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps = False, 1
             yield
         finally:
-            self.args.average_tokens_across_devices = value
+            self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps = averages, steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         is_new = self.lr_scheduler is None
@@ -180,14 +227,22 @@ class LoRAGAMixin:
         """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
 
         Raises:
-            ValueError: the checkpoint is not complete, or not one of this run; also what `initialize_lora_ga` raises.
+            ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;
+                also what `initialize_lora_ga` raises.
         """
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete(Path(self.args.output_dir))
             check_can_resume(self.model, Path(resume_from_checkpoint), self.model.lora_ga.launch)
             resume_from_checkpoint = str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
+            raise ValueError(
+                f"Not one of {self.state.max_steps:,} steps was trained: the training set gave no example, after "
+                "LoRA-GA had drawn its sample from it. A stream has to begin anew each time it is read: give "
+                "`IterableDataset.from_generator` a function that makes a new generator."
+            )
+        return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -232,14 +287,5 @@ class LoRAGAMixin:
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        """Estimation is no training: what `compute_loss` counts on the side must not show in the logs."""
+        """Estimation is no training: while inside, metrics start from none, and come out as they were."""
         yield
-
-
-def check_not_empty(dataset: Any, problem: str) -> None:
-    """
-    Raises:
-        ValueError: it is empty.
-    """
-    if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")

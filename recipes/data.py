@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from lora_ga_trainer.evaluation.sources import check_columns, local_items
+from lora_ga_trainer.evaluation.sources import check_columns, hub_items, local_items
 
 Row = dict[str, Any]
+HUB_REMEDY = (
+    "Check the name and the network, download it and pass the file as `--dataset_path`, or leave both out for the demo's "
+    "data."
+)
 
 
 @dataclass
@@ -58,12 +62,13 @@ def load_rows(definition: DataDefinition, args: DataArguments, seed: int) -> Dat
     """The rows before any selection.
 
     Raises:
-        ValueError: no such file, another kind of file, or a column that is missing or holds no text.
+        ValueError: no such file, a damaged one, another kind of file, a hub that cannot be reached, or a column that is missing
+            or holds no text.
     """
     if args.dataset_path:
         source, rows = args.dataset_path, local_items(args.dataset_path, definition.columns)
     elif args.dataset_name:
-        source, rows = args.dataset_name, load_dataset(args.dataset_name, split="train")
+        source, rows = args.dataset_name, hub_items(args.dataset_name, None, "train", definition.columns, HUB_REMEDY)
     else:
         source, rows = "The stand-in", definition.stand_in(args.train_size + args.eval_size, seed)
         rows = rows.select(first_of_each(rows[definition.columns[0]]))  # their templates repeat

@@ -61,15 +61,15 @@ def weight_gradient(named_weights, losses):
     }
 
 
-def token_mean_loss(logits_BTV, labels_BT, num_tokens):
-    """Negative log-likelihood of the label tokens, token by token, over `num_tokens`."""
+def token_mean_loss(logits_BTV, labels_BT, num_tokens, ahead=1):
+    """Negative log-likelihood of the label tokens, token by token, over `num_tokens`; the logits predict what is `ahead`."""
     log_probs = torch.log_softmax(logits_BTV.float(), dim=-1)
     total = 0.0
     for row in range(labels_BT.shape[0]):
-        for position in range(1, labels_BT.shape[1]):
+        for position in range(ahead, labels_BT.shape[1]):
             target = labels_BT[row, position].item()
             if target != -100:
-                total = total - log_probs[row, position - 1, target]
+                total = total - log_probs[row, position - ahead, target]
     return total / num_tokens
 
 
@@ -79,13 +79,7 @@ def autograd_gradients(base, names, batches):
     for name in names:
         module = base.get_submodule(name.removeprefix("base_model.model."))
         weights[name] = (module.weight, not isinstance(module, torch.nn.Linear))  # Conv1D stores I×O
-    num_tokens = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
-    losses = [
-        token_mean_loss(
-            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-            batch["labels"],
-            num_tokens,
-        )
-        for batch in batches
-    ]
+    ahead = 0 if base.config.is_encoder_decoder else 1  # an encoder-decoder shifts the labels into its decoder's inputs
+    num_tokens = sum(int(batch["labels"][:, ahead:].ne(-100).sum()) for batch in batches)
+    losses = [token_mean_loss(base(**batch).logits, batch["labels"], num_tokens, ahead) for batch in batches]
     return weight_gradient(weights, losses)

@@ -60,6 +60,20 @@ def torchrun(worker: str, out: Path) -> list[dict]:
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+def what_two_processes_say(worker: str, out: Path, seconds: float) -> tuple[str, str, int]:
+    """(stdout, stderr, exit status) of 2 processes of the script `worker` with the argument `out`.
+
+    Raises:
+        subprocess.TimeoutExpired: they did not end in time.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*launcher, "--master_port", str(free_port()), str(WORKER.with_name(worker)), str(out)],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+    return finished.stdout, finished.stderr, finished.returncode
+
+
 def errors_in(said: str) -> str:
     """The end of the processes' own tracebacks, without the launcher's."""
     lines = [line for line in said.splitlines() if line.startswith("[rank") or "Error" in line]

@@ -156,12 +156,6 @@ def test_a_trained_adapter_is_refused():
         check_targets(lora_layers(model, "default"), "default")
 
 
-def test_embedding_targets_are_refused():
-    model, _ = peft_pair(target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ValueError, match=r"cannot initialize .*embed_tokens \(Embedding\).*only linear"):
-        check_targets(lora_layers(model, "default"), "default")
-
-
 @BOTH_FORMS
 def test_types_survive_a_second_adapter(offset):
     """A second, ordinary LoRA on the same model stays ordinary, and switching between them works."""

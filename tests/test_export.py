@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import lora_config, sft_arguments, tiny_batches, tiny_model, word_problems
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
@@ -109,8 +110,9 @@ def adapted(family: str, folder: Path, dtype=torch.float32, offset=True, **lora)
         ("gpt2", {}),  # Conv1D: I×O
         ("qwen2", {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
         ("qwen2", {"bias": "lora_only"}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),  # the file holds the head's base weight, too
     ],
-    ids=["patterns", "modules_to_save", "tied", "conv1d", "lora_bias", "bias"],
+    ids=["patterns", "modules_to_save", "tied", "conv1d", "lora_bias", "bias", "head"],
 )
 def test_every_kind_of_adapter_merges(family, lora, offset, tmp_path):
     expected = adapted(family, tmp_path, offset=offset, **lora)
@@ -186,6 +188,23 @@ def test_a_trained_half_of_tied_weights(tmp_path):
     adapted("llama_tied", tmp_path, modules_to_save=["embed_tokens"])
     arguments = {"merge": True, "base_model": tmp_path / "base"}
     refused("holds a trained model.embed_tokens.*merge_and_unload", tmp_path / "adapter", tmp_path / "out", **arguments)
+
+
+def test_a_lora_on_half_of_tied_weights(tmp_path):
+    """Nothing that is tied can hold it; what the message says, an untied copy of the base, can."""
+    expected = adapted("llama_tied", tmp_path, target_modules=["q_proj", "lm_head"])
+    arguments = {"merge": True, "base_model": tmp_path / "base"}
+    message = "has a LoRA on lm_head.*would change both.*tie_word_embeddings=False"
+    refused(message, tmp_path / "adapter", tmp_path / "out", **arguments)
+
+    untied = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.config.tie_word_embeddings = False
+    untied.save_pretrained(tmp_path / "untied")
+    export(tmp_path / "adapter", tmp_path / "out", merge=True, base_model=tmp_path / "untied")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # float32, an adapter as large as the weights: logits of order 10
+    assert (logits(merged) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_base_model_that_is_not_there(trained, tmp_path):

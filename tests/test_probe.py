@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.probe import gradient_probe, noise_free_training_mode
 
@@ -22,7 +22,7 @@ def estimated_gradients(model, batches, config=EXACT, compute_loss=language_mode
     adapter_name = attach_lora_ga(model, config)
     layers = delta_layers(model, adapter_name)
     accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-    num_items = count_label_tokens(model, batches)
+    num_items = count_items(model, batches)
     estimate_gradients(model, layers, accumulators, batches, compute_loss, num_items)
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
@@ -108,6 +108,20 @@ def test_noise_attributes_are_found_and_restored():
     assert model.neftune_noise_alpha == 5
     assert not model.training and not model.resid.training
     assert (model.attention_dropout, model.layerdrop, model.router_jitter_noise, model.resid.p) == (0.1, 0.2, 0.3, 0.4)
+
+
+def test_noise_that_a_configuration_turns_on_is_found_and_restored():
+    model, _ = peft_pair("gpt2")
+    config = model.get_base_model().config
+    config.router_jitter_noise = 1
+    before = config.to_dict()
+    with noise_free_training_mode(model):
+        assert (config.resid_pdrop, config.attn_pdrop, config.summary_first_dropout, config.router_jitter_noise) == (
+            0,
+        ) * 4
+        assert type(config.resid_pdrop) is float and type(config.router_jitter_noise) is int
+        assert config.layer_norm_epsilon == before["layer_norm_epsilon"]
+    assert config.to_dict() == before and config.resid_pdrop == 0.1
 
 
 def snapshot(model):

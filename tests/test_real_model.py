@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_label_tokens, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
 from lora_ga_trainer.factorization import factor_gradient
 from lora_ga_trainer.initialization import attach_lora_ga
 
@@ -65,7 +65,7 @@ def test_how_much_of_the_exact_alignment_the_sketch_reaches(path, batches):
     for kind, config in configs.items():
         layers = delta_layers(model, attach_lora_ga(model, config))
         accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-        num_items = count_label_tokens(model, batches)
+        num_items = count_items(model, batches)
         estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
         if kind == "exact":
             grads = {name: accumulator.grad_OI for name, accumulator in accumulators.items()}

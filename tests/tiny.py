@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GPT2Config,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
@@ -62,8 +64,13 @@ def tiny_t5(dropout_rate: float = 0.1) -> T5ForConditionalGeneration:
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):
+    return random_model((CONFIGS | MIXTURE)[family](), dtype)
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((CONFIGS | MIXTURE)[family]()).to(dtype)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # from_config leaves biases at zero, where a lost bias would not show
             torch.nn.init.normal_(parameter, std=0.02)

@@ -156,7 +156,9 @@ def save_pretrained(
     if is_main_process:
         directory = adapter_directory(save_directory, state.adapter_name)
         kept = layout.keep(without_adapter_name(native, state.adapter_name))
-        kept = {name: value.contiguous() for name, value in kept.items()}
+        # as PEFT does in its own file: of a layer that is in several places of the model only the first name
+        names = layout.keep(adapter_parameters(peft_model, state.adapter_name))
+        kept = {name: kept[name].contiguous() for name in names}
         save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
         write_state(directory, state)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -24,6 +25,22 @@ logger = logging.getLogger(__name__)
 FILES_FILE = "lora_ga_files.json"
 NOT_LISTED = (FILES_FILE, TRAINER_STATE_NAME, "README.md")
 """`trainer_state.json` is written after the list, and checked by parsing it; a README may be edited."""
+
+
+def check_writable(output_dir: Path) -> None:
+    """Find out now, not at the first checkpoint, whether files can be made in `output_dir`; by trying, since root may do more.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b"?")
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` is {output_dir}, but no file can be written there ({error}). Choose another folder, or mend its "
+            "rights."
+        ) from error
 
 
 def remove_former(directory: Path) -> None:
@@ -59,6 +76,8 @@ def check_complete(directory: Path) -> None:
         raise ValueError(f"There is no checkpoint {directory}. Check the path.")
     try:
         sizes = json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            raise ValueError("it holds no sizes by name")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{directory} has no readable {FILES_FILE}, so it cannot be resumed: the run was killed while it saved, or saved "
@@ -67,6 +86,11 @@ def check_complete(directory: Path) -> None:
         ) from error
     for name, size in sizes.items():
         path = directory / name
+        if not _is_inside(name):
+            raise ValueError(
+                f"{directory / FILES_FILE} names {name!r}, which is not in the checkpoint's folder, so no LoRA-GA "
+                "trainer wrote it. Do not trust this checkpoint."
+            )
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             raise ValueError(
@@ -80,6 +104,10 @@ def check_complete(directory: Path) -> None:
             f"{directory / TRAINER_STATE_NAME} is missing or damaged ({error}), so this checkpoint is not complete. Resume "
             "from another one."
         ) from error
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def last_complete(output_dir: Path) -> Path:

@@ -24,7 +24,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -138,18 +138,20 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
 
     Raises:
-        ValueError: the base is quantized, or something in the adapter has no counterpart in it.
+        ValueError: the base is quantized, is no model of transformers' own, has an index that names other files than there
+            are, or something in the adapter has no counterpart in it.
     """
-    model_config = AutoConfig.from_pretrained(source)
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if "quantization_config" in model_config.to_dict():
         raise ValueError(
             f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
             "export the adapter alone."
         )
     with torch.device("meta"):
-        skeleton = getattr(transformers, model_config.architectures[0])(model_config)
+        skeleton = model_class(model_config)(model_config)
     check_not_untied(adapter, skeleton)
     shards = sorted(source.glob("*.safetensors"))
+    check_index(source, shards)
     pieces = by_base_weight(adapter, base_names(shards))
     for pattern in OF_BASE:
         if pattern != "*.safetensors":
@@ -166,11 +168,43 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
         save_file(merged, target / shard.name, metadata={"format": "pt"})
 
 
-def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
-    """Refuse an adapter that replaces one of two tied weights: in the base's files the other would follow it.
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config.json` names as the model's.
 
     Raises:
-        ValueError: embedding and head share their weight, and one of them was trained by itself.
+        ValueError: it is none of transformers' models; the name is a stranger's, and is not to call anything else.
+    """
+    name = (config.architectures or [None])[0]
+    found = getattr(transformers, name or "", None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"The base model's config.json names the architecture {name!r}, which is no model of transformers', so it cannot "
+            "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+        )
+    return found
+
+
+def check_index(source: Path, shards: list[Path]) -> None:
+    """Refuse an index of weights that points elsewhere than to the `shards` in `source`: those would stay unmerged.
+
+    Raises:
+        ValueError: naming the first such file.
+    """
+    for index in source.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elsewhere = sorted(named - {shard.name for shard in shards})
+        if elsewhere:
+            raise ValueError(
+                f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
+                "again from where it came."
+            )
+
+
+def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
+    """Refuse an adapter for one of two tied weights: in the base's files the other would follow it.
+
+    Raises:
+        ValueError: embedding and head share their weight, and one of them was trained by itself or has a LoRA.
     """
     if not skeleton.config.tie_word_embeddings:
         return
@@ -180,6 +214,12 @@ def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
             raise ValueError(
                 f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
                 "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
+        if module in tied and f"{PREFIX}{name}.lora_A.weight" in adapter:
+            raise ValueError(
+                f"The adapter has a LoRA on {name}, whose weight the base model shares between embedding and head, so merging "
+                "would change both (PEFT's `merge_and_unload` does). Export the adapter alone, or pass as `base_model` a copy "
+                "of the base with a weight of each and `tie_word_embeddings=False`."
             )
 
 
@@ -217,16 +257,18 @@ def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dic
 def merge_tensor(
     base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
 ) -> Tensor:
-    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), b0 + s·lora_B's bias, or what was trained instead of `base`.
+    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
+
+    W0 is `base`, or what the adapter holds instead of it: trained fully, or, of a head with a LoRA, the base's own once more.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if not pieces:
-        return base
     if "instead" in pieces:
         _check_shape(*pieces["instead"], base)
-        return pieces["instead"][1].to(base.dtype)
+        base = pieces["instead"][1].to(base.dtype)
+    if "lora_B" not in pieces:
+        return base
     module, lora_B = pieces["lora_B"]
     delta = scaling(config, module) * lora_B.float()
     if "lora_A" in pieces:

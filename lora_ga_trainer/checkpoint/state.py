@@ -50,9 +50,10 @@ class LoRAGAState:
     def before_init(
         cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments, has_embeddings: bool
     ) -> "LoRAGAState":
-        # a set, as PEFT makes of some lists, would not survive JSON
+        # a set, as PEFT makes of some lists, would not survive JSON; and PEFT adds a classifier's head to `modules_to_save` of
+        # the same `LoraConfig` once for every model made from it
         values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
-        lora = {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in values.items()}
+        lora = {name: sorted(set(value)) if isinstance(value, (set, list)) else value for name, value in values.items()}
         options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
         return cls(adapter_name, lora, options, has_embeddings, report=None)
 

@@ -26,15 +26,16 @@ def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+    own_code_only = {"revision": revision, "trust_remote_code": False}  # left out, transformers would ask on a terminal
     try:
         kind = (
             AutoModelForSeq2SeqLM
-            if AutoConfig.from_pretrained(base, revision=revision).is_encoder_decoder
+            if AutoConfig.from_pretrained(base, **own_code_only).is_encoder_decoder
             else AutoModelForCausalLM
         )
-        model = kind.from_pretrained(base, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-    except OSError as error:
+        model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **own_code_only)
+        tokenizer = AutoTokenizer.from_pretrained(base, **own_code_only)
+    except (OSError, ValueError) as error:
         raise ValueError(f"`base` is {base}, but no model can be loaded from there ({error}).") from error
     if adapter is not None:
         try:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -12,19 +12,42 @@ def local_items(path: str | Path, columns: tuple[str, ...]) -> Dataset:
     """The rows of a local file, if it has all of `columns`.
 
     Raises:
-        ValueError: no such file, another kind of file, or a column is missing; the message names it and the columns found.
+        ValueError: no such file, an empty or damaged one, another kind of file, or a column is missing; the message names it
+            and the columns found.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which tells how to read it.")
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Check the path.")
-    items = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty. Check that it was written to the end.")
+    if FORMATS[path.suffix] != "parquet":
+        _check_utf8(path)
+    try:
+        items = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except DatasetGenerationError as error:  # which says only that there was one
+        raise ValueError(
+            f"{path} cannot be read as {FORMATS[path.suffix]} ({error.__cause__}). Mend the file."
+        ) from error
     check_columns(items, columns, str(path))
     return items
 
 
-def hub_items(name: str, config: str, split: str, columns: tuple[str, ...], remedy: str) -> Dataset:
+def _check_utf8(path: Path) -> None:
+    """`datasets` would take other bytes for text, and fail where somebody reads it."""
+    line = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line, _ in enumerate(file, start=1):  # noqa: B007 (told below)
+                pass
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 near line {line + 1} ({error}). Convert it, for example with `iconv -f latin1 -t utf-8`."
+        ) from error
+
+
+def hub_items(name: str, config: str | None, split: str, columns: tuple[str, ...], remedy: str) -> Dataset:
     """The rows of a data set on the hub, if it can be reached and has all of `columns`.
 
     Raises:
@@ -34,7 +57,7 @@ def hub_items(name: str, config: str, split: str, columns: tuple[str, ...], reme
         items = load_dataset(name, config, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(f"The data set {name} cannot be loaded from the hub ({error}). {remedy}") from error
-    check_columns(items, columns, f"{name} {config}")
+    check_columns(items, columns, f"{name} {config}" if config else name)
     return items
 
 

@@ -1,0 +1,29 @@
+"""`LoRAGADPOTrainer`: direct preference optimization."""
+
+from typing import Any
+
+from trl import DPOTrainer
+
+from .arguments import LoRAGADPOConfig
+from .trl_trainer import LoRAGATRLMixin
+
+
+class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
+    """TRL's `DPOTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
+
+    Without a `ref_model` the reference is the model with its adapter off: here the base model to the bit, at every step, since
+    LoRA-GA leaves its weights alone. The policy starts there too, so the first loss is log 2. `args` may be a
+    `LoRAGADPOConfig`, or a `DPOConfig` or `TrainingArguments`. All else is as with `LoRAGASFTTrainer`.
+
+    Raises:
+        ValueError: as `LoRAGASFTTrainer`.
+    """
+
+    config_class = LoRAGADPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # TRL copies the adapter of a `PeftModel` as the reference. This one is new and adds zero: the base model is the same,
+        # without a second adapter in memory and in every checkpoint.
+        if "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")

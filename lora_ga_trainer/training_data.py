@@ -1,0 +1,76 @@
+"""What can be told of a training set before TRL prepares it, where a mistake would end in an error that names no column."""
+
+from collections.abc import Sized
+from typing import Any
+
+from datasets import Dataset, IterableDataset, Value
+from trl import SFTConfig
+
+CONVERSATIONS = ("messages", "conversations")
+FORMS = 'a "prompt" and a "completion", "messages", or `dataset_text_field`'
+TEXT = ("string", "large_string", "null")
+
+
+def check_not_empty(dataset: Any, problem: str) -> None:
+    """
+    Raises:
+        ValueError: it is empty.
+    """
+    if isinstance(dataset, Sized) and len(dataset) == 0:
+        raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")
+
+
+def check_examples(dataset: Any, args: SFTConfig) -> None:
+    """Refuse a training set that TRL would stumble over: an empty stream, other columns than it reads, other things than text.
+
+    Of a stream only the first example is looked at. What is no `Dataset` is TRL's to refuse.
+
+    Raises:
+        ValueError: naming the column, what is in it or what there is instead.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    if isinstance(dataset, IterableDataset):
+        first = next(iter(dataset), None)
+        check_not_empty([] if first is None else [first], "is a stream that ends before its first example")
+        columns = list(first)
+    else:
+        columns = dataset.column_names
+    if "input_ids" in columns:
+        return
+    for column in _columns_read(columns, args.dataset_text_field):
+        if isinstance(dataset, Dataset):
+            _check_text(dataset, column)
+
+
+def _columns_read(columns: list[str], text_field: str) -> list[str]:
+    """The columns that TRL takes the texts from, of those there are."""
+    if "prompt" in columns and "completion" not in columns:
+        raise ValueError(
+            f'The training set has a column "prompt" but no "completion", only {columns}, so that nothing would be trained. '
+            "Add or rename it."
+        )
+    if "completion" in columns and "prompt" in columns:
+        return ["prompt", "completion"]
+    for column in (*CONVERSATIONS, text_field):
+        if column in columns:
+            return [column]
+    raise ValueError(
+        f"The training set has the columns {columns}, but needs {FORMS} ({text_field!r}). Rename them "
+        "(`dataset.rename_columns`), set `dataset_text_field`, or pass a `formatting_func`."
+    )
+
+
+def _check_text(dataset: Dataset, column: str) -> None:
+    feature = dataset.features[column]
+    if isinstance(feature, Value) and feature.dtype not in TEXT:
+        raise ValueError(
+            f"The column {column!r} of the training set holds {feature.dtype}, but must hold text. Convert it to strings."
+        )
+    if dataset.data.column(column).null_count:  # also counts rows that a selection has left out
+        missing = [row for row, value in enumerate(dataset[column]) if value is None]
+        if missing:
+            raise ValueError(
+                f"The column {column!r} of the training set has no value in {len(missing):,} of {len(dataset):,} rows, first "
+                f"in row {missing[0]}. Fill them in, or leave them out with `dataset.filter`."
+            )

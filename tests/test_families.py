@@ -1,0 +1,293 @@
+"""Every architecture: the start is exact, the gradient is autograd's, the saved adapter is an ordinary one.
+
+All are tiny random models of transformers' own classes. Where "all-linear" works it is what they are adapted with.
+"""
+
+import copy
+
+import dense_reference
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from test_probe import checkpointed, estimated_gradients, largest_relative_error
+from tiny import VOCABULARY, lora_config, random_model, tiny_batches
+from torch import nn
+from transformers import (
+    BartConfig,
+    BloomConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SwitchTransformersConfig,
+    T5Config,
+)
+
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.checkpoint import export
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.initialization import attach_lora_ga
+
+CONFIG = LoRAGAArguments(ga_estimator="exact")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+# sizes that are not multiples of each other, so that a transposed shape cannot go unnoticed; windows shorter than the examples
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = TOKENS | {
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 10, "attention_dropout": 0.1}
+EXPERTS = GROUPED | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+FALCON = TOKENS | {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+}  # fmt: skip
+MAMBA = {"hidden_size": 24, "state_size": 4, "num_hidden_layers": 2}
+
+FAMILIES = {  # a configuration, and what is targeted
+    "llama": (lambda: LlamaConfig(**GROUPED), "all-linear"),
+    "mistral": (lambda: MistralConfig(**GROUPED, sliding_window=8), "all-linear"),
+    "qwen2": (lambda: Qwen2Config(**SIZES, num_key_value_heads=2), "all-linear"),
+    "qwen3": (lambda: Qwen3Config(**GROUPED), "all-linear"),
+    "gemma2": (lambda: Gemma2Config(**GROUPED, sliding_window=8), "all-linear"),
+    "gemma3": (lambda: Gemma3TextConfig(**GROUPED, sliding_window=8), "all-linear"),
+    "phi3": (lambda: Phi3Config(**SIZES, num_key_value_heads=2), "all-linear"),  # q, k, v in one
+    "gpt2": (lambda: GPT2Config(**TOKENS, n_embd=24, n_layer=2, n_head=4, n_positions=64), "all-linear"),  # Conv1D: I×O
+    "gpt_neox": (lambda: GPTNeoXConfig(**SIZES, hidden_dropout=0.1, attention_dropout=0.1), "all-linear"),
+    "opt": (  # with projections into and out of the layers, as in OPT-350m
+        lambda: OPTConfig(
+            **TOKENS, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=14, do_layer_norm_before=False,
+        ),
+        "all-linear",
+    ),
+    "gpt_neo": (
+        lambda: GPTNeoConfig(
+            **TOKENS, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            window_size=8, max_position_embeddings=64, resid_dropout=0.1, attention_dropout=0.1, embed_dropout=0.1,
+        ),
+        "all-linear",
+    ),
+    "gptj": (
+        lambda: GPTJConfig(
+            **TOKENS, n_embd=24, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, resid_pdrop=0.1, attn_pdrop=0.1,
+        ),
+        "all-linear",
+    ),
+    # adds to what its layers return in place, and reads its dropout from the configuration as it runs
+    "falcon": (lambda: FalconConfig(**FALCON), "all-linear"),  # one key and value for all heads
+    "falcon_40b": (lambda: FalconConfig(**FALCON, num_kv_heads=2, new_decoder_architecture=True), "all-linear"),
+    "falcon_rw": (
+        lambda: FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True), "all-linear"
+    ),
+    "bloom": (lambda: BloomConfig(**TOKENS, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.1), "all-linear"),
+    # Mixtures: the experts of most are one tensor, and no layers, since transformers 5; their routers are no `nn.Linear`
+    "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.1), ATTENTION),
+    "qwen2_moe": (lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=28), "all-linear"),
+    "qwen3_moe": (lambda: Qwen3MoeConfig(**EXPERTS), ATTENTION),
+    "gpt_oss": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), "all-linear"),
+    "deepseek_v3": (  # latent attention
+        lambda: DeepseekV3Config(
+            **SIZES, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+            q_lora_rank=14, kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10,
+            first_k_dense_replace=1,
+        ),
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    ),
+    "switch_transformers": (  # each expert is a module, and gets the tokens that are routed to it
+        lambda: SwitchTransformersConfig(
+            vocab_size=VOCABULARY, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=4,
+            num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4, expert_capacity=64,
+            decoder_start_token_id=0,
+        ),
+        "all-linear",
+    ),
+    # State spaces: PEFT refuses `out_proj`, which their kernels read as a bare weight; here `dt_proj` is read so, too
+    "mamba": (lambda: MambaConfig(**TOKENS | MAMBA, time_step_rank=6), ["in_proj", "x_proj"]),
+    "mamba2": (
+        lambda: Mamba2Config(**TOKENS | MAMBA, num_heads=4, head_dim=12, n_groups=2, expand=2, chunk_size=8),
+        ["in_proj"],
+    ),
+    "falcon_h1": (
+        lambda: FalconH1Config(
+            **GROUPED, mamba_d_ssm=24, mamba_n_heads=2, mamba_d_head=12, mamba_d_state=4, mamba_chunk_size=8
+        ),
+        ["in_proj", *ATTENTION, "gate_proj", "up_proj", "down_proj"],
+    ),
+    "t5": (
+        lambda: T5Config(
+            vocab_size=VOCABULARY, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        ),
+        "all-linear",
+    ),
+    "bart": (
+        lambda: BartConfig(
+            **TOKENS, d_model=24, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=40, decoder_ffn_dim=40,
+            encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
+        ),
+        "all-linear",
+    ),
+}  # fmt: skip
+TOO_NARROW = {"qwen2_moe": ["shared_expert_gate"]}
+"""A layer with one output has no 2·r singular vectors."""
+
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+def pair(family, target_modules=None, dtype=torch.float32, **lora):
+    """(PeftModel, an untouched copy of its base), in eval mode."""
+    make_config, targets = FAMILIES[family]
+    base = random_model(make_config(), dtype).eval()
+    config = lora_config(
+        r=2,
+        target_modules=target_modules or targets,
+        exclude_modules=TOO_NARROW.get(family),
+        task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
+        **lora,
+    )
+    return get_peft_model(copy.deepcopy(base), config).eval(), base
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**tiny_batches((4,), seed=9)[0]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_family
+def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
+    model, base = pair(family, dtype=dtype)
+    report = initialize_lora_ga(model, tiny_batches(), CONFIG, disable_tqdm=True)
+    assert torch.equal(logits(model), logits(base))
+    layers = delta_layers(model, "default")
+    assert report.alignment.keys() == layers.keys()
+    assert all(
+        layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any() for layer in layers.values()
+    )
+    if FAMILIES[family][1] == "all-linear":  # really all of them, but the head
+        linear = [
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        ]
+        left_out = {name for name in linear if f"base_model.model.{name}" not in layers}
+        assert {name.split(".")[-1] for name in left_out} == {"lm_head", *TOO_NARROW.get(family, [])}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+@every_family
+def test_the_gradient_of_every_target_is_autograds(family, checkpointing):
+    model, base = pair(family)
+    batches = tiny_batches((3, 5))
+    found = estimated_gradients(checkpointed(model, checkpointing), batches)
+    # float32 through two layers, summed in another order
+    assert largest_relative_error(found, dense_reference.autograd_gradients(base, found, batches)) < 1e-5
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
+@every_family
+def test_stock_peft_loads_what_was_trained_and_it_merges(family, offset, tmp_path):
+    model, base = pair(family)
+    base.save_pretrained(tmp_path / "base")
+    batches = tiny_batches()
+    initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact", ga_offset=offset), disable_tqdm=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in batches:
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "adapter")
+    trained, untrained = logits(model), logits(base)
+    # float32 through a few layers; PEFT's scaling can differ in the last place, and merging rounds once more
+    tolerance = 1e-5 * untrained.abs().max()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    assert (logits(loaded) - trained).abs().max() < tolerance
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    merged = type(base).from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - trained).abs().max() < tolerance
+    assert (trained - untrained).abs().max() > 1000 * tolerance, "training changed nothing, so this shows nothing"
+
+
+# --- what is refused, by name and with what to do instead --------------------------------------------------------------
+
+IDLE_EXPERTS = SwitchTransformersConfig(
+    vocab_size=VOCABULARY, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=4,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=40, decoder_start_token_id=0,
+)  # fmt: skip
+"""Forty experts a layer, for fewer tokens than that."""
+LLAMA4 = Llama4TextConfig(**GROUPED, intermediate_size_mlp=40, num_local_experts=4, moe_layers=[1])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "gate_proj", "up_proj", "w1", "w3"]])
+def test_experts_that_are_no_layers_are_refused(family, target_modules):
+    """PEFT turns these into parameters to train. Without the experts "all-linear" would not be what was asked for."""
+    with pytest.raises(ValueError, match=r'target_parameters=.*Mixture-of-Experts.*name the linear layers .*"q_proj"'):
+        attach_lora_ga(pair(family, target_modules)[0], CONFIG)
+
+
+def test_they_are_refused_when_the_trainer_is_made(sft_config, prompt_completion, tokenizer):
+    with pytest.raises(ValueError, match="target_parameters=.*Mixture-of-Experts"):
+        LoRAGASFTTrainer(
+            model=random_model(FAMILIES["mixtral"][0]()),
+            args=sft_config(),
+            train_dataset=prompt_completion,
+            processing_class=tokenizer,
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "message"),
+    [
+        # its weight is read as a bare one, so in PEFT a LoRA on it does nothing at all
+        (
+            FAMILIES["mamba"][0](),
+            {"target_modules": ["in_proj", "dt_proj"]},
+            r"2 of 4 target layers get no gradient .*layers.0.mixer.dt_proj.*exclude_modules",
+        ),
+        (IDLE_EXPERTS, {}, r"target layers get no gradient .*experts.expert_\d+\.w[io].*more samples"),
+        # a router that also says which experts: PEFT itself could not run a LoRA on it
+        (LLAMA4, {}, r"layers.1.feed_forward.router: its forward returns a tuple .*exclude_modules=\['router'\]"),
+        (
+            FAMILIES["qwen2_moe"][0](),
+            {},
+            r"rank 2 is too large for .*shared_expert_gate \(1×24\).* r can be 0 at most. "
+            r"Exclude it: `exclude_modules=\['shared_expert_gate'\]`",
+        ),
+    ],
+    ids=["mamba", "idle experts", "llama4", "one output"],
+)
+def test_what_has_no_gradient_of_its_own_is_named(config, lora, message):
+    """… and the model still computes the base function, and takes another adapter."""
+    base = random_model(config).eval()
+    lora = lora_config(r=2, task_type=None, **lora)
+    model = get_peft_model(copy.deepcopy(base), lora)
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_ga(model, tiny_batches((2,)), CONFIG, disable_tqdm=True)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    refused = ["dt_proj", "experts", "router", "shared_expert_gate"]
+    other = lora_config(
+        r=2, task_type=None, target_modules=lora.target_modules, exclude_modules=rf".*({'|'.join(refused)}).*"
+    )
+    again = get_peft_model(model.unload(), other)
+    initialize_lora_ga(again, tiny_batches((2,)), CONFIG, disable_tqdm=True)
+    assert torch.equal(logits(again), logits(base))

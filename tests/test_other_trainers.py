@@ -1,0 +1,432 @@
+"""`LoRAGAMixin` over `Trainer`, `LoRAGARewardTrainer`, `LoRAGADPOTrainer`: `LoRAGASFTTrainer`'s invariants hold there too."""
+
+import warnings
+
+import dense_reference
+import pytest
+import torch
+from datasets import Dataset
+from launching import torchrun
+from other_trainers import (
+    CLASSES,
+    KINDS,
+    PAIRS,
+    STOCK,
+    ClassifierTrainer,
+    adapter_of,
+    base_of,
+    estimated_gradients,
+    example_losses,
+    make_trainer,
+    rows_of,
+)
+from peft import PeftModel, get_peft_model
+from tiny import CONFIGS, lora_config, tiny_model, tiny_t5, word_tokenizer
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    LlamaForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOTrainer
+
+from lora_ga_trainer import LoRAGADPOTrainer, LoRAGAMixin, LoRAGATrainingArguments
+from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.estimation import items_in
+
+INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(kind, **options):
+        return make_trainer(kind, tmp_path / "run", **options)
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(INPUTS).logits
+
+
+def entries(trainer):
+    """What was logged at each step, but for times."""
+    return [
+        {name: value for name, value in entry.items() if name != "grad_norm"}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def autograds(kind, policy, reference, trainer):
+    """The gradient of the mean over the sampled examples, by autograd on the weights of `policy`."""
+    losses = [
+        loss
+        for batch in trainer.sample_batches(trainer.args.ga_seed)
+        for loss in example_losses(kind, policy, reference, batch)
+    ]
+    assert len(losses) == trainer.args.ga_num_samples
+    names = delta_layers(trainer.model, "default")
+    weights = {name: (policy.get_submodule(name.removeprefix("base_model.model.")).weight, False) for name in names}
+    return dense_reference.weight_gradient(weights, [loss / len(losses) for loss in losses])
+
+
+def assert_same_gradients(found, reference, tolerance=2e-5):
+    """Float32 through two layers, with and without padding: relative to each layer's norm."""
+    assert found.keys() == reference.keys() and found
+    for name, gradient in reference.items():
+        assert (found[name] - gradient).norm() < tolerance * gradient.norm(), name
+
+
+def everything_a_probe_may_touch(model):
+    return (
+        {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        {name: layer.disable_adapters for name, layer in delta_layers(model, "default").items()},
+        torch.get_rng_state().tolist(),
+    )
+
+
+VARIANTS = {
+    **{kind: (kind, {}) for kind in KINDS},
+    "reward, checkpointing": ("reward", {"gradient_checkpointing": True}),
+    "dpo, checkpointing": ("dpo", {"gradient_checkpointing": True}),
+    "dpo, reentrant": (
+        "dpo",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
+    "dpo, precomputed": ("dpo", {"precompute_ref_log_probs": True}),
+    "dpo, accumulation": ("dpo", {"gradient_accumulation_steps": 4}),
+    "dpo, modules": ("dpo", {"lora": adapter_of("dpo", modules_to_save=["norm"])}),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("kind", "options"), VARIANTS.values(), ids=VARIANTS)
+def test_the_gradient_is_autograds(make, kind, options, size):
+    """Of the mean loss over 7 examples, however they are batched; and the probe leaves no trace."""
+    trainer = make(kind, ga_num_samples=7, ga_batch_size=size, **options)
+    before = everything_a_probe_may_touch(trainer.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The model contains some adapter layers that are enabled")
+        found = estimated_gradients(trainer)
+    assert everything_a_probe_may_touch(trainer.model) == before
+    assert_same_gradients(found, autograds(kind, base_of(kind).eval(), base_of(kind).eval(), trainer))
+
+
+@pytest.mark.parametrize("variant", [*KINDS, "dpo, modules"])
+def test_a_restart_takes_the_gradient_where_training_has_come(make, variant, tmp_path):
+    """DPO's reference stays the base model, while its policy has left it."""
+    kind, options = VARIANTS[variant]
+    trainer = make(kind, learning_rate=1e-2, ga_num_samples=7, ga_batch_size=3, **options)
+    trainer.train()
+    trainer.save_model()
+    policy = PeftModel.from_pretrained(base_of(kind), tmp_path / "run").merge_and_unload().eval().requires_grad_(True)
+    before = everything_a_probe_may_touch(trainer.model)
+    found = estimated_gradients(trainer, adapter_is_zero=False)
+    assert everything_a_probe_may_touch(trainer.model) == before
+    # the policy has one rounding more, that of merging
+    assert_same_gradients(found, autograds(kind, policy, base_of(kind).eval(), trainer), 1e-4)
+    at_start = autograds(kind, base_of(kind).eval(), base_of(kind).eval(), trainer)
+    assert all((found[name] - at_start[name]).norm() > 0.01 * at_start[name].norm() for name in found)
+
+
+def test_two_processes_with_batches_of_different_sizes(make, tmp_path):
+    (tmp_path / "out").mkdir()
+    first, second = torchrun("other_trainers.py", tmp_path / "out")
+    for kind in PAIRS:
+        alone = estimated_gradients(make(kind, ga_num_samples=5))
+        assert_same_gradients(first[kind], alone)
+        assert all(torch.equal(value, second[kind][name]) for name, value in first[kind].items())
+
+
+class FirstStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.seen = everything_a_probe_may_touch(model)[-1]
+            self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.gradients = any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_else_is_as_in_a_plain_run(make, kind):
+    """Random state, data order, number of trained parameters, all metrics. A learning rate of 0 keeps both at the base."""
+    runs, first = [], []
+    for stock in (True, False):
+        runs.append(make(kind, stock=stock, learning_rate=0.0, max_steps=7))
+        first.append(FirstStep())
+        runs[-1].add_callback(first[-1])
+        runs[-1].train()
+    assert first[0].seen == first[1].seen and first[0].trainable == first[1].trainable
+    assert not first[1].gradients
+    assert entries(runs[0]) == entries(runs[1]) and len(entries(runs[0])) == 7
+    (report,) = (entry for entry in runs[1].state.log_history if "ga/alignment_mean" in entry)
+    assert set(report) <= {*runs[1].lora_ga_report.metrics(), "epoch", "step"}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_restart_leaves_the_metrics_to_their_steps(make, kind):
+    """Those of the steps before it, which wait for the next log, are not in its own entry."""
+    logged = []
+    for restarts in (None, 2):
+        trainer = make(kind, learning_rate=0.0, logging_steps=4, max_steps=8, ga_restart_steps=restarts)
+        trainer.train()
+        reports = [entry for entry in trainer.state.log_history if "ga/alignment_mean" in entry]
+        assert all(set(entry) <= {*trainer.lora_ga_report.metrics(), "epoch", "step"} for entry in reports)
+        logged.append(entries(trainer))
+    assert len(reports) == 4 and logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_save_and_load_with_stock_peft(make, kind, tmp_path):
+    base = base_of(kind)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    trainer = make(kind, base=base, max_steps=6, learning_rate=1e-2)
+    assert torch.equal(logits(trainer.model), logits(base_of(kind)))
+    trainer.train()
+    trained = logits(trainer.model)
+    assert (trained - logits(base_of(kind))).abs().max() > 0.01
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(base_of(kind), tmp_path / "run")
+    assert (logits(loaded) - trained).abs().max() < 1e-4  # float32, PEFT's scaling rounds otherwise; logits of order 1
+    if kind != "dpo":
+        head = "base_model.model.score.modules_to_save.default.weight"
+        assert torch.equal(loaded.state_dict()[head], trainer.model.state_dict()[head])
+        assert not torch.equal(loaded.state_dict()[head], before["score.weight"]), "the head is trained"
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(trainer.model), logits(base_of(kind)))
+    after = {
+        name.replace(".base_layer", "").replace(".original_module", ""): value
+        for name, value in trainer.model.get_base_model().named_parameters()
+        if "lora_" not in name and "modules_to_save" not in name
+    }
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_is_the_uninterrupted_run(make, kind, tmp_path):
+    """With the very same `LoraConfig`, to which PEFT adds a classifier's head once for each model."""
+    lora = adapter_of(kind)
+    whole = make(kind, lora=lora, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make(kind, lora=lora)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    losses = [[entry["loss"] for entry in entries(run)] for run in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    state = whole.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+
+
+# --- DPO's reference ------------------------------------------------------------------------------------------------
+
+
+def reference_log_probabilities(trainer, batch):
+    trainer.model.eval()
+    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
+
+
+@pytest.fixture
+def true_reference(make):
+    """(a batch, the log-probabilities of its texts under the untouched base model, by TRL's code with a `ref_model`)."""
+    args = STOCK["dpo"][1](**{"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none"})
+    stock = DPOTrainer(
+        tiny_model(), tiny_model(), args, train_dataset=rows_of("dpo"), processing_class=word_tokenizer()
+    )
+    batch = stock.data_collator([stock.train_dataset[i] for i in range(8)])
+    return batch, reference_log_probabilities(stock, batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"ga_offset": False}, {"ga_restart_steps": 2}])
+def test_the_reference_of_dpo_is_the_base_model_to_the_bit(make, true_reference, options):
+    batch, expected = true_reference
+    trainer = make("dpo", learning_rate=1e-2, **options)
+    trainer.train()
+    first = entries(trainer)[0]["loss"]
+    assert first == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-7)  # float32: the policy starts there
+    assert abs(entries(trainer)[-1]["loss"] - first) > 1e-3, "and has left"
+    assert torch.equal(reference_log_probabilities(trainer, batch), expected)
+
+
+def test_the_reference_of_an_edited_base_is_another_model(make, true_reference):
+    """The contrast: where the initialization is subtracted from W0, switching the adapter off does not give the base model.
+
+    PEFT's PiSSA before its first step, and the paper's own W0 − s·B0 A0 with our factors.
+    """
+    batch, expected = true_reference
+    pissa = make("dpo", stock=True, lora=adapter_of("dpo", init_lora_weights="pissa"))
+    trainer = make("dpo")
+    trainer.initialize_lora_ga()
+    for layer in delta_layers(trainer.model, "default").values():
+        a0, b0 = layer.lora_A["default"].frozen, layer.lora_B["default"].frozen
+        with torch.no_grad():
+            layer.get_base_layer().weight.sub_(layer.scaling["default"] * b0 @ a0)
+    for edited in (pissa, trainer):
+        # log-probabilities of some 5 tokens, about −20; rounding is under 1e-4
+        assert (reference_log_probabilities(edited, batch) - expected).abs().max() > 0.1
+
+
+def test_precomputed_references_are_those_of_the_base_model(make, true_reference):
+    _, expected = true_reference
+    trainer = make("dpo", precompute_ref_log_probs=True)
+    rows = trainer.train_dataset[:8]
+    found = torch.tensor(rows["ref_chosen_logps"] + rows["ref_rejected_logps"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # other batches, other padding
+    trainer.train()
+    assert entries(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_peft_model_needs_no_second_adapter_for_its_reference(make, true_reference, tmp_path):
+    batch, expected = true_reference
+    by_config = make("dpo", save_strategy="steps", save_steps=4)
+    wrapped = LoRAGADPOTrainer(
+        get_peft_model(tiny_model(), adapter_of("dpo")),
+        args=by_config.args,
+        train_dataset=rows_of("dpo"),
+        processing_class=word_tokenizer(),
+    )
+    assert list(wrapped.model.peft_config) == ["default"]
+    for trainer in (by_config, wrapped):
+        trainer.train()
+    assert entries(by_config) == entries(wrapped)
+    assert torch.equal(reference_log_probabilities(wrapped, batch), expected)
+    assert not (tmp_path / "run/checkpoint-4/ref").exists()
+
+
+# --- what a user may write ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_no_peft_config_means_the_papers(kind, tmp_path):
+    trainer_class, _ = CLASSES[kind]
+    args = STOCK[kind][1](str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    trainer = trainer_class(base_of(kind), args=args, train_dataset=rows_of(kind), processing_class=word_tokenizer())
+    config = trainer.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16, True)
+    assert trainer.args.ga_num_samples == 64 and len(delta_layers(trainer.model, "default")) == 14
+    heads = [name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert heads == ([] if kind == "dpo" else ["base_model.model.score.modules_to_save.default.weight"])
+
+
+class OwnLoss(ClassifierTrainer):
+    """A mean over the batch, whatever `num_items_in_batch` says, of labels under another name."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        classes = inputs.pop("kind")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, classes)
+
+
+def divided_by_items(outputs, labels, num_items_in_batch):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("way", ["compute_loss", "compute_loss_func"])
+def test_losses_of_ones_own(make, way, tmp_path):
+    expected = estimated_gradients(make("classifier", ga_num_samples=7, ga_batch_size=3))
+    if way == "compute_loss":
+        own = make("classifier", ga_num_samples=7, ga_batch_size=3, remove_unused_columns=False)
+        own.__class__ = OwnLoss
+        own.train_dataset = own.train_dataset.rename_column("labels", "kind")
+    else:
+        own = make("classifier", ga_num_samples=7, ga_batch_size=3)
+        own.compute_loss_func = divided_by_items
+    assert_same_gradients(estimated_gradients(own), expected)
+
+
+class MeanLoss(ClassifierTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        classes = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, classes)
+
+
+def test_a_batch_without_a_label_counts_for_nothing(make):
+    """Its mean is no number."""
+    found = []
+    for size in (1, 7):
+        trainer = make("classifier", ga_num_samples=7, ga_batch_size=size)
+        trainer.__class__ = MeanLoss
+        sampled = torch.randperm(24, generator=torch.Generator().manual_seed(trainer.args.ga_seed))[0].item()
+        labels = [-100 if i == sampled else label for i, label in enumerate(trainer.train_dataset["labels"])]
+        trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column("labels", labels)
+        found.append(estimated_gradients(trainer))
+    assert_same_gradients(*found)
+
+
+def token_classifier():
+    config = CONFIGS["llama"]()
+    config.num_labels = 3
+    return LlamaForTokenClassification(config)
+
+
+def chooser():
+    return BertForMultipleChoice(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8))
+
+
+ROWS = torch.ones(3, 5, dtype=torch.long)
+MASKED = torch.where(torch.arange(5) < 2, -100, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "items"),
+    [
+        (tiny_model, {"labels": ROWS}, 12),
+        (tiny_model, {"labels": MASKED}, 9),
+        (lambda: tiny_model("gpt2"), {"labels": ROWS}, 12),
+        (tiny_t5, {"labels": MASKED}, 9),
+        (tiny_t5, {"labels": ROWS}, 15),
+        (token_classifier, {"labels": ROWS}, 15),
+        (lambda: base_of("classifier"), {"labels": torch.tensor([0, -100, 2])}, 2),
+        (lambda: base_of("classifier"), {"labels": torch.tensor([0.0, 1.0, 2.0])}, 3),
+        (chooser, {"labels": torch.tensor([0, 1, 2])}, 3),
+        (lambda: base_of("reward"), {"input_ids": ROWS}, 3),
+    ],
+)
+def test_what_a_loss_is_a_mean_over(model, batch, items):
+    assert items_in(get_peft_model(model(), lora_config(target_modules="all-linear", task_type=None)), batch) == items
+
+
+@pytest.mark.parametrize(
+    ("args", "model", "rows", "message"),
+    [
+        (TrainingArguments, "peft", 24, r"`args` is a TrainingArguments, .* Pass `LoRAGATrainingArguments\(...\)`"),
+        (LoRAGATrainingArguments, "base", 24, "LoRA-GA initializes a `PeftModel`, got LlamaForSequenceClassification"),
+        (LoRAGATrainingArguments, "peft", 0, "training set has no example, so"),
+        (LoRAGATrainingArguments, "trained", 24, "has already been trained"),
+    ],
+)
+def test_what_the_mixin_refuses(args, model, rows, message, tmp_path):
+    base = base_of("classifier")
+    if model != "base":
+        base = get_peft_model(base, adapter_of("classifier"))
+    if model == "trained":
+        torch.nn.init.ones_(next(p for name, p in base.named_parameters() if "lora_B" in name))
+    with pytest.raises(ValueError, match=message):
+        ClassifierTrainer(
+            base, args(str(tmp_path), use_cpu=True), train_dataset=rows_of("classifier").select(range(rows))
+        )
+
+
+def test_the_wrong_order_of_bases_is_refused():
+    with pytest.raises(ValueError, match=r"Write `class Reversed\(LoRAGAMixin, ...\)`"):
+
+        class Reversed(Trainer, LoRAGAMixin): ...
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peft_config": lora_config(use_dora=True)}, "DoRA trains a magnitude .* use the trainer without LoRA-GA"),
+        ({"train_dataset": Dataset.from_list([])}, "training set has no example, so"),
+    ],
+)
+def test_what_reward_and_dpo_refuse(kind, options, message, tmp_path):
+    trainer_class, config_class = CLASSES[kind]
+    args = config_class(str(tmp_path), bf16=False, use_cpu=True)
+    arguments = {"args": args, "train_dataset": rows_of(kind), "processing_class": word_tokenizer()} | options
+    with pytest.raises(ValueError, match=message):
+        trainer_class(base_of(kind), **arguments)
