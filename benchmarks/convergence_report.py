@@ -28,13 +28,14 @@ def arms(sweep: dict[str, Any]) -> dict[str, list[Arm]]:
     """By task, what has been measured of every arm of the sweep, the grid's own seed first."""
     found: dict[str, dict[tuple, list]] = {}
     for settings in grid_runs(sweep):
-        found.setdefault(f"{settings['recipe']}_r{settings['r']}", {}).setdefault(arm_of(settings), [])
+        task = f"{settings['recipe']}_r{settings['r']}_{settings['max_steps']}steps"
+        found.setdefault(task, {}).setdefault(arm_of(settings), [])
     for run in sorted(RUNS.runs(), key=lambda run: run["settings"]["seed"]):
         for by_arm in found.values():
             if arm_of(run["settings"]) in by_arm:
                 by_arm[arm_of(run["settings"])].append(run)
-    measured = {task: {arm: runs for arm, runs in by_arm.items() if runs} for task, by_arm in found.items()}
-    return {task: labelled(by_arm) for task, by_arm in measured.items() if by_arm}
+    measured = {task: [arm for arm in labelled(by_arm) if arm.runs] for task, by_arm in found.items()}
+    return {task: task_arms for task, task_arms in measured.items() if task_arms}
 
 
 def labelled(by_arm: dict[tuple, list]) -> list[Arm]:
@@ -44,7 +45,9 @@ def labelled(by_arm: dict[tuple, list]) -> list[Arm]:
     for arm, runs in zip(options, by_arm.values(), strict=True):
         same = [other for other in options if other["method"] == arm["method"]]
         differing = [name for name in arm if any(other.get(name) != arm[name] for other in same)]
-        result.append(Arm(" ".join([arm["method"], *(f"{name}={arm[name]}" for name in differing)]), runs))
+        result.append(
+            Arm(" ".join([arm["method"], *(f"{name.removeprefix('ga_')}={arm[name]}" for name in differing)]), runs)
+        )
     return result
 
 
@@ -58,14 +61,19 @@ def table(task_arms: list[Arm]) -> str:
     rows = []
     for arm in task_arms:
         losses = arm.losses()
-        seeds = ", ".join(f"{number(loss)}" for loss in arm.seeds_at_best().values())
+        at_best = arm.seeds_at_best()
+        seeds = (
+            "; ".join(f"{seed}: {number(loss)}" for seed, loss in at_best.items())
+            if len(at_best) > 1
+            else number(*at_best.values())
+        )
         cells = [arm.label, f"{arm.best_rate:g}", seeds, *(number(losses.get(rate)) for rate in USUAL_RATES)]
         cells.append(str(near_best(losses)) if len(losses) > 2 else "")
         cells += ["" if baseline is None else speed(arm, baseline, None)]
         cells += ["" if baseline is None else speed(arm, baseline, rate) for rate in USUAL_RATES]
         rows.append(cells)
     header = [
-        "method", "best lr", "loss there, by seed", *(f"at {rate:g}" for rate in USUAL_RATES), "decades of lr within 5 %",
+        "method", "best lr", "loss there (seed: loss)", *(f"at {rate:g}" for rate in USUAL_RATES), "decades of lr within 5 %",
         "fewer steps, best to best", *(f"at {rate:g}" for rate in USUAL_RATES),
     ]  # fmt: skip
     return markdown_table(header, rows)
@@ -80,8 +88,9 @@ def speed(arm: Arm, baseline: Arm, rate: float | None) -> str:
         ]
         for ours in same_seed:
             steps = steps_to(ours, final_loss(theirs))
-            ratios.append("not reached" if steps is None else f"{theirs['held_out'][-1]['step'] / steps:.1f}×")
-    return ", ".join(ratios)
+            found = "not reached" if steps is None else f"{theirs['held_out'][-1]['step'] / steps:.1f}×"
+            ratios.append((theirs["settings"]["seed"], found))
+    return ratios[0][1] if len(ratios) == 1 else "; ".join(f"{seed}: {found}" for seed, found in ratios)
 
 
 def style(index: int) -> dict[str, Any]:
@@ -92,25 +101,20 @@ def style(index: int) -> dict[str, Any]:
 
 def plot(task: str, task_arms: list[Arm]) -> Path:
     """Final loss against learning rate; held-out loss against steps and seconds at each arm's best rate, and at a usual one."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 11), layout="constrained")
     by_rate, usual, steps, seconds = axes.flat
     for index, arm in enumerate(task_arms):
         look, losses = style(index), arm.losses()
         rates = sorted(losses)
-        by_rate.plot(rates, [losses[rate] for rate in rates], label=arm.label, **look)
+        label = f"{arm.label}, best lr {arm.best_rate:g}"
+        by_rate.plot(rates, [losses[rate] for rate in rates], label=label, **look)
         for axis, rate, along in (
             (steps, arm.best_rate, "step"), (seconds, arm.best_rate, "seconds"), (usual, USUAL_RATES[-1], "step")
         ):  # fmt: skip
-            for index_of_seed, run in enumerate(arm.at(rate)):
+            for run in arm.at(rate)[:1]:  # the grid's own seed: others have other data
                 curve = run["held_out"]
                 offset = run["init"].get("ga/init_seconds", 0.0) if along == "seconds" else 0
-                axis.plot(
-                    [offset + point[along] for point in curve],
-                    [point["loss"] for point in curve],
-                    label=f"{arm.label}, lr {rate:g}" if index_of_seed == 0 else None,
-                    alpha=1 if index_of_seed == 0 else 0.45,
-                    **look,
-                )
+                axis.plot([offset + point[along] for point in curve], [point["loss"] for point in curve], **look)
     by_rate.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss after the last step, nats/token")
     by_rate.set_title("Final loss by learning rate")
     usual.set(xlabel="steps", ylabel="held-out loss, nats/token", title=f"At the learning rate {USUAL_RATES[-1]:g}")
@@ -120,8 +124,11 @@ def plot(task: str, task_arms: list[Arm]) -> Path:
         title="The same, by the clock",
     )  # fmt: skip
     for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(task)
     path = PLOTS / f"convergence_{task}.png"
     figure.savefig(path, dpi=100)

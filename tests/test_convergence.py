@@ -15,10 +15,13 @@ from recipe_cases import options, write
 from results import Results
 
 
+TASK = {"recipe": "metamath", "r": 8, "max_steps": 60}
+
+
 def finished(rate, *losses, seed=1, **settings):
     """A run with evaluations every 10 steps."""
     return {
-        "settings": {"recipe": "metamath", "r": 8, "method": "lora", "learning_rate": rate, "seed": seed} | settings,
+        "settings": TASK | {"method": "lora", "learning_rate": rate, "seed": seed} | settings,
         "held_out": [{"step": 10 * i, "seconds": float(i), "loss": loss} for i, loss in enumerate(losses)],
         "init": {},
         "on": "here",
@@ -76,7 +79,7 @@ def test_a_grid_is_every_combination_of_its_lists():
 def test_only_finished_arms_get_more_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "RUNS", Results("convergence", tmp_path))
     sweep = {
-        "common": {"recipe": "metamath", "r": 8, "seed": 1},
+        "common": TASK | {"seed": 1},
         "best_seeds": [2, 3],
         "grids": [{"method": ["lora", "full"], "learning_rate": [1e-3, 1e-2]}],
     }
@@ -92,12 +95,12 @@ def test_only_finished_arms_get_more_seeds(tmp_path, monkeypatch):
 def test_a_report_has_what_was_measured_of_unfinished_arms(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence_report, "RUNS", Results("convergence", tmp_path))
     sweep = {
-        "common": {"recipe": "metamath", "r": 8, "seed": 1},
+        "common": TASK | {"seed": 1},
         "grids": [{"method": ["lora", "full"], "learning_rate": [1e-3, 1e-2]}],
     }
     for run in (finished(1e-3, 3, 1.5, seed=2), finished(1e-3, 3, 2), finished(1e-3, 3, 2, r=32)):
         convergence_report.RUNS.append(run)
-    (arm,) = convergence_report.arms(sweep)["metamath_r8"]
+    (arm,) = convergence_report.arms(sweep)["metamath_r8_60steps"]
     assert arm.label == "lora"
     assert arm.losses() == {1e-3: 2}, "the grid's own seed, in whatever order they were run"
     assert arm.seeds_at_best() == {1: 2, 2: 1.5}
@@ -111,7 +114,7 @@ def test_arms_of_one_method_are_told_apart_by_what_differs():
             (("method", "lora_ga"), ("r", 8), ("ga_gamma", 64)): [],
         }
     )
-    assert [arm.label for arm in arms] == ["lora", "lora_ga ga_gamma=16", "lora_ga ga_gamma=64"]
+    assert [arm.label for arm in arms] == ["lora", "lora_ga gamma=16", "lora_ga gamma=64"]
 
 
 def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, capsys):
@@ -146,7 +149,7 @@ def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, c
     convergence_report.main()
     out = capsys.readouterr().out
     assert all(f"| {method} |" in out for method in ("lora", "lora_ga", "peft_lora_ga"))
-    for name in ("convergence_metamath_r4", "convergence_metamath_r4_numbers"):
+    for name in ("convergence_metamath_r4_4steps", "convergence_metamath_r4_4steps_numbers"):
         assert Path(tmp_path, f"plots/{name}.png").stat().st_size > 10_000
         assert f"](plots/{name}.png)" in out
 
