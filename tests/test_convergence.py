@@ -14,7 +14,6 @@ from peft_lora_ga import with_pefts_lora_ga
 from recipe_cases import options, write
 from results import Results
 
-
 TASK = {"recipe": "metamath", "r": 8, "max_steps": 60}
 
 
