@@ -24,14 +24,14 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from finetune import parse
-from lora_ga_trainer.cli import compare, eval, export, inspect, sft
-from lora_ga_trainer.cli.parsing import parse_options
 from recipe_cases import RECIPES
 from tiny import letter_tokenizer, tiny_model
 from transformers import training_args
 
 import lora_ga_trainer
 from lora_ga_trainer import LoRAGASFTConfig
+from lora_ga_trainer.cli import compare, eval, export, inspect, sft
+from lora_ga_trainer.cli.parsing import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("**/*.md")) if not page.is_symlink())]
