@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import TrlParser
 
@@ -19,7 +20,8 @@ class ExportArguments:
 
 
 def main() -> None:
-    parser = TrlParser(ExportArguments, prog="python -m lora_ga_trainer.checkpoint")
+    kind: Any = ExportArguments  # TRL says that it wants an instance, and means a class
+    parser = TrlParser(kind, prog="python -m lora_ga_trainer.checkpoint")
     try:
         (arguments,) = parser.parse_args_and_config()  # an unknown option is a `ValueError` here
         export(arguments.checkpoint_dir, arguments.out, arguments.merge, base_model=arguments.base_model)

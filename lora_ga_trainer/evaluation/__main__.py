@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -43,7 +44,8 @@ def main() -> None:
     if name not in BENCHMARKS:
         sys.exit(f"error: name the benchmark first, one of {', '.join(BENCHMARKS)}. Its options: NAME --help")
     benchmark, arguments = BENCHMARKS[name]
-    parser = TrlParser((ModelArguments, arguments), prog=f"python -m lora_ga_trainer.evaluation {name}")
+    kinds: Any = (ModelArguments, arguments)  # TRL says that it wants instances, and means classes
+    parser = TrlParser(kinds, prog=f"python -m lora_ga_trainer.evaluation {name}")
     try:
         model_args, args = parser.parse_args_and_config(options)  # an unknown option is a `ValueError` here
         # told so, because accelerate would take the processes of a launch on CPUs each for the only one
