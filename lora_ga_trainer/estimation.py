@@ -38,7 +38,7 @@ SKETCH_OVERSAMPLING = 32
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
 
 
-def check_batches(model: nn.Module, batches: list[dict[str, Tensor]], need_labels: bool) -> None:
+def check_batches(model: PeftModel, batches: list[dict[str, Tensor]], need_labels: bool) -> None:
     """
     Raises:
         ValueError: a batch of some process has tokens that the model does not know; or no labels, though they are needed.
@@ -46,7 +46,7 @@ def check_batches(model: nn.Module, batches: list[dict[str, Tensor]], need_label
     raise_on_all(next(filter(None, (_batch_problem(model, batch, need_labels) for batch in batches)), None))
 
 
-def _batch_problem(model: nn.Module, batch: dict[str, Tensor], needs_labels: bool) -> str | None:
+def _batch_problem(model: PeftModel, batch: dict[str, Tensor], needs_labels: bool) -> str | None:
     if needs_labels and "labels" not in batch:
         return (
             f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
@@ -62,7 +62,7 @@ def _batch_problem(model: nn.Module, batch: dict[str, Tensor], needs_labels: boo
     return None
 
 
-def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
+def count_items(model: PeftModel, batches: list[dict[str, Tensor]]) -> int:
     """How many items the mean loss is a mean over, in the `batches` of all processes; see `items_in`.
 
     Raises:
@@ -80,7 +80,7 @@ def count_items(model: nn.Module, batches: list[dict[str, Tensor]]) -> int:
     return num_items
 
 
-def items_in(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def items_in(model: PeftModel, batch: dict[str, Tensor]) -> int:
     """What the loss of `batch` is a mean over: its labels but for −100, of tokens or of examples, or all rows if it has none.
 
     Pairs of texts, as those of DPO and of reward models, have no labels: each counts as two rows, in every batch.
@@ -96,7 +96,7 @@ def count_examples(batch: dict[str, Tensor]) -> int:
     return int(batch["position_ids"].eq(0).sum()) if rows == 1 and "position_ids" in batch else rows
 
 
-def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
+def counted_labels(model: PeftModel, labels: Tensor) -> Tensor:
     """The labels that some prediction is compared with: a model of the next token predicts no first one."""
     # transformers takes the loss of a causal language model for every model that it does not know
     loss = LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)
@@ -104,7 +104,7 @@ def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
     return labels[..., 1:] if is_shifted else labels
 
 
-def language_model_loss(model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
+def language_model_loss(model: PeftModel, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
     """Cross-entropy summed over the batch's label tokens / `num_items_in_batch`: batches add up to the token mean."""
     if model.config.is_encoder_decoder:
         logits, labels = model(**batch).logits, batch["labels"]
@@ -185,7 +185,9 @@ def estimate_gradients(
             progress.set_description(f"LoRA-GA gradient, pass {pass_number} of {passes}{share}")
             summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
             problem = None
-            receivers = {name: accumulator.add for name, accumulator in summing.items()}
+            receivers: dict[str, Callable[[Tensor, Tensor], None]] = {
+                name: accumulator.add for name, accumulator in summing.items()
+            }
             with gradient_probe(model, layers, receivers, adapter_is_zero) as backward:
                 for index, (batch, weight) in enumerate(weighted):
                     # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
@@ -222,12 +224,12 @@ def even_batches(batches: list[dict[str, Tensor]]) -> list[tuple[dict[str, Tenso
     weighted = [(batch, 1.0) for batch in batches]
     if min(counts) == max(counts):
         return weighted
-    idle_batch = batches[0] if batches else None
+    idle_batches = batches[:1]
     if min(counts) == 0:
         lender = counts.index(max(counts))
         lent = gather_objects(send_to_device(batches[0], "cpu") if rank() == lender else None)[lender]
-        idle_batch = idle_batch or lent
-    return weighted + [(idle_batch, 0.0)] * (max(counts) - len(batches))
+        idle_batches = idle_batches or [lent]
+    return weighted + [(idle_batches[0], 0.0)] * (max(counts) - len(batches))
 
 
 def _loss_problem(loss: Tensor, index: int) -> str | None:

@@ -87,15 +87,16 @@ def factor_gradient(
     """
     R = layer.r[adapter_name]
     scales = scale_factors(
-        config.ga_scale,
+        config.ga_scale,  # type: ignore[arg-type]  # LoRAGAArguments has checked that it is one of them
         out_features=layer.out_features,
         in_features=layer.in_features,
         rank=R,
         scaling=layer.scaling[adapter_name],
         gamma=config.ga_gamma,
-        weight_singular_values=lambda: weight_s,
+        weight_singular_values=lambda: weight_s,  # type: ignore[arg-type, return-value]  # not None where it is called
     )
     if not config.ga_offset:
         scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
     generator = torch.Generator().manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
-    return lora_ga_factors(accumulator.triplets(2 * R), R, config.ga_direction, scales, generator)
+    direction = config.ga_direction
+    return lora_ga_factors(accumulator.triplets(2 * R), R, direction, scales, generator)  # type: ignore[arg-type]  # as above

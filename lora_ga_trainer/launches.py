@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
 
 WHOLE_PARAMETERS = (
@@ -94,7 +95,7 @@ def check_offloading(option: str) -> None:
         )
 
 
-def check_shared_embeddings(launch: Launch, model: nn.Module) -> None:
+def check_shared_embeddings(launch: Launch, model: PeftModel) -> None:
     """Refuse under FSDP2 what accelerate cannot shard: encoder and decoder with one embedding, as in T5 and BART.
 
     accelerate 1.15 puts the embedding and the head into a group of their own, and torch 2.13 wants all holders of a shared

@@ -45,5 +45,5 @@ def _reset_resident_peak() -> bool:
 
 
 def _status_bytes(field: str) -> int:
-    kibibytes = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(kibibytes.group(1)) * 1024
+    (kibibytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(kibibytes) * 1024

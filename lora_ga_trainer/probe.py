@@ -144,7 +144,7 @@ def _stay_off(module: nn.Module, enabled: bool) -> None:
     pass
 
 
-def _switch_without_gradients(module: nn.Module, enabled: bool) -> None:
+def _switch_without_gradients(module: LoraLayer | AuxiliaryTrainingWrapper, enabled: bool) -> None:
     type(module).enable_adapters(module, enabled)
     module.requires_grad_(False)
 
@@ -160,9 +160,10 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     # a few, such as Falcon, ask their configuration for the rate in every forward
     configs = {id(v): v for module in modes for v in vars(module).values() if isinstance(v, PreTrainedConfig)}
+    owners: list[nn.Module | PreTrainedConfig] = [*modes, *configs.values()]
     noise = [
         (owner, name, value)
-        for owner in (*modes, *configs.values())
+        for owner in owners
         for name, value in vars(owner).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and _makes_noise(owner, name)
     ]

@@ -62,7 +62,8 @@ def checked_backward(model: nn.Module, layers: dict[str, LoraLayer], anchor: Ten
     """
     kinds = {type(layer.get_base_layer()) for layer in layers.values() if is_quantized(layer.get_base_layer())}
     watched = {name: module for name, module in model.named_modules() if type(module) in kinds and is_quantized(module)}
-    reached, came_through = set(), set()
+    reached: set[str] = set()
+    came_through: set[str] = set()
 
     def before(name: str, module: nn.Module, args: tuple) -> tuple:
         x, *others = args

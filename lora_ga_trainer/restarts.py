@@ -19,8 +19,10 @@ def restart_is_due(config: LoRAGAArguments, steps_done: int, restarts_done: int)
 
 def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
     """The factor of the learning rate at `step`: that of `schedule`, climbing back to it linearly after each restart."""
-    since_restart = step % config.ga_restart_steps
-    if step < config.ga_restart_steps or since_restart >= config.ga_restart_warmup_steps:
+    every = config.ga_restart_steps
+    assert every is not None  # else nothing is put around the schedule
+    since_restart = step % every
+    if step < every or since_restart >= config.ga_restart_warmup_steps:
         return schedule(step)
     return schedule(step) * (since_restart + 1) / (config.ga_restart_warmup_steps + 1)
 

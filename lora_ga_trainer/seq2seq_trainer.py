@@ -58,7 +58,8 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(model, nn.Module) or not model.config.is_encoder_decoder:
+        config: Any = model.config if isinstance(model, nn.Module) else None
+        if config is None or not config.is_encoder_decoder:
             raise ValueError(
                 f"`model` is {model if isinstance(model, str) else type(model).__name__}, but must be an encoder-decoder "
                 "model in memory, for example of `AutoModelForSeq2SeqLM.from_pretrained(...)`. Decoder-only models are for "

@@ -37,7 +37,8 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
                 f"The model is an encoder-decoder ({self.model.config.model_type}), but `LoRAGASFTTrainer` is for decoder-only "
                 "models. Use `LoRAGASeq2SeqTrainer`."
             )
-        if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
+        how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
+        if how.get("selective"):
             # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
             enable_selective_activation_checkpointing(self.model.get_base_model())
 

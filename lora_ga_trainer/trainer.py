@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .arguments import LoRAGAArguments
+from .arguments import LoRAGAArguments, LoRAGATrainingArguments
 from .backends import rank, world_size
 from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
@@ -39,6 +40,11 @@ from .restarts import check_schedule, restart_is_due, rewarm
 from .training_data import check_not_empty
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    Base = Trainer  # the mixin comes before one
+else:
+    Base = object
 
 SHUFFLE_BUFFER = 1000
 """Examples that a streaming dataset holds at once to draw the sample from."""
@@ -69,7 +75,7 @@ class LoRAGACallback(TrainerCallback):
             self.trainer.restart_lora_ga()
 
 
-class LoRAGAMixin:
+class LoRAGAMixin(Base):
     """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
@@ -82,6 +88,12 @@ class LoRAGAMixin:
         ValueError: on deriving, the mixin comes after the `Trainer`; on construction, `args` have no `ga_*` options, the
             training set is empty, or what `attach_lora_ga` raises; from `train`, what `initialize_lora_ga` raises.
     """
+
+    args: LoRAGATrainingArguments
+    model: PeftModel
+    optimizer: Optimizer
+    """Since `create_optimizer`, which comes before any restart."""
+    train_dataset: Any
 
     EMPTY = "has no example"
     """What is wrong with the training set if it is empty once the trainer has prepared it."""
@@ -117,9 +129,10 @@ class LoRAGAMixin:
                 `initialization.attach_lora_ga` raises.
         """
         if self.args.should_save:
-            check_writable(Path(self.args.output_dir))
+            check_writable(Path(self.args.output_dir))  # type: ignore[arg-type]  # TrainingArguments has filled it in
         launch = launch_of(self.accelerator)
-        how = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
+        # a string has been parsed
+        how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         if how.get("offload"):
             check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
@@ -207,7 +220,7 @@ class LoRAGAMixin:
         items = items_in(model, inputs)
         divisor = torch.tensor(max(items, 1)) if "labels" in inputs else None
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=divisor)
         if items == 0:  # the mean over no label is no number
             loss = loss.nan_to_num()
         return loss * (items / num_items_in_batch)
@@ -241,10 +254,13 @@ class LoRAGAMixin:
                 also what `initialize_lora_ga` raises.
         """
         if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_complete(Path(self.args.output_dir))
-            check_can_resume(self.model, Path(resume_from_checkpoint), self.model.lora_ga.launch)
-            resume_from_checkpoint = str(resume_from_checkpoint)
+            directory = (
+                last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]  # as above
+                if resume_from_checkpoint is True
+                else Path(resume_from_checkpoint)
+            )
+            check_can_resume(self.model, directory, self.model.lora_ga.launch)
+            resume_from_checkpoint = str(directory)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
             raise ValueError(
@@ -268,7 +284,9 @@ class LoRAGAMixin:
         # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history, and Trainer looks for no adapter
         # in a folder of its own.
         name = self.model.lora_ga.adapter_name
-        directory = adapter_directory(self.state.best_model_checkpoint, name)
+        best = self.state.best_model_checkpoint
+        assert best is not None  # Trainer asks before it calls this
+        directory = adapter_directory(best, name)
         self.model.load_adapter(directory, name, is_trainable=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -28,12 +28,12 @@ def check_examples(dataset: Any, args: SFTConfig) -> None:
     Raises:
         ValueError: naming the column, what is in it or what there is instead.
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    if not isinstance(dataset, (Dataset, IterableDataset)) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # type: ignore[union-attr]  # a string has been parsed
         return
     if isinstance(dataset, IterableDataset):
         first = next(iter(dataset), None)
         check_not_empty([] if first is None else [first], "is a stream that ends before its first example")
-        columns = list(first)
+        columns = list(first or {})
     else:
         columns = dataset.column_names
     if "input_ids" in columns:

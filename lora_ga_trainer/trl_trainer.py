@@ -1,6 +1,7 @@
 """What TRL's trainers have in common: the adapter that they make from a `peft_config`, and their metrics."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,10 @@ class LoRAGATRLMixin(LoRAGAMixin):
     config_class: type[TrainingArguments]
     """TRL's configuration with the `ga_*` options."""
     EMPTY = "has no example left after preparation (are all longer than `max_length`?)"
+    maybe_activation_offload_context: Any
+    _metrics: dict[str, defaultdict[Any, list[Any]]]
+    _total_train_tokens: int
+
     task_type = TaskType.CAUSAL_LM
     """That of the paper's adapter, which stands in for a `peft_config`."""
 

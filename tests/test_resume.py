@@ -1,5 +1,6 @@
 """Invariant 5 where it is hard: after a kill, on another launch, from damaged files; and what happens to checkpoints."""
 
+import json
 import logging
 import shutil
 import signal
@@ -16,6 +17,7 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGASFTTrainer
+from lora_ga_trainer.checkpoint.completeness import mark_complete
 from lora_ga_trainer.launches import Launch, check_resumable_launch
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -235,6 +237,16 @@ def test_a_half_written_trainer_state_is_refused(base_model, of_one_process, con
 def test_other_settings_are_refused(base_model, of_one_process, lora, options, message, tmp_path):
     checkpoint = f"{of_one_process['output_dir']}/checkpoint-4"
     refused(Run("run", base_model, SAVING | options, lora, resume=checkpoint), tmp_path, message)
+
+
+def test_what_no_trainer_saved_is_refused(base_model, of_one_process, tmp_path):
+    """The state of an adapter that a loop of one's own saved: no launch, and no optimizer state to be found by it."""
+    checkpoint = Path(shutil.copytree(f"{of_one_process['output_dir']}/checkpoint-4", tmp_path / "checkpoint-4"))
+    state = json.loads((checkpoint / "lora_ga.json").read_text())
+    (checkpoint / "lora_ga.json").write_text(json.dumps(state | {"launch": None}))
+    mark_complete(checkpoint)
+    run = Run("run", base_model, SAVING, {"r": 2}, resume=str(checkpoint))
+    refused(run, tmp_path / "run", "was saved by a loop of one's own")
 
 
 def test_a_checkpoint_copied_elsewhere_resumes(base_model, of_one_process, tmp_path):

@@ -224,7 +224,7 @@ def histories(peft_model: PeftModel) -> dict[str, Tensor]:
     return {f"{name}.history": half.history.cpu() for name, half in halves.items() if half.history is not None}
 
 
-def adapter_directory(save_directory: str, adapter_name: str) -> Path:
+def adapter_directory(save_directory: str | Path, adapter_name: str) -> Path:
     """Where PEFT puts the files of an adapter: adapters not named "default" go to a folder of their own."""
     return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
 

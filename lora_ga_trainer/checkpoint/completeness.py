@@ -118,9 +118,9 @@ def last_complete(output_dir: Path) -> Path:
     """
     steps = {}
     for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdigit():
-            steps[int(step)] = path
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and number.isdigit():
+            steps[int(number)] = path
     for step in sorted(steps, reverse=True):
         try:
             check_complete(steps[step])
@@ -144,6 +144,11 @@ def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> 
     """
     check_complete(directory)
     saved = check_adapter(peft_model, adapter_directory(directory, peft_model.lora_ga.adapter_name))
+    if saved.launch is None:
+        raise ValueError(
+            f"{directory} was saved by a loop of one's own, not by a LoRA-GA trainer, so there is no optimizer state to go on "
+            "from. Resume from a `checkpoint-N` that a trainer wrote."
+        )
     check_resumable_launch(saved.launch, launch)
     if saved.launch != launch and rank() == 0:
         logger.warning(

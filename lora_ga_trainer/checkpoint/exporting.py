@@ -174,8 +174,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: it is none of transformers' models; the name is a stranger's, and is not to call anything else.
     """
-    name = (config.architectures or [None])[0]
-    found = getattr(transformers, name or "", None)
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"The base model's config.json names the architecture {name!r}, which is no model of transformers', so it cannot "
@@ -200,7 +200,7 @@ def check_index(source: Path, shards: list[Path]) -> None:
             )
 
 
-def check_not_untied(adapter: dict[str, Tensor], skeleton: nn.Module) -> None:
+def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
     """Refuse an adapter for one of two tied weights: in the base's files the other would follow it.
 
     Raises:

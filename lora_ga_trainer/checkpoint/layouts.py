@@ -10,7 +10,7 @@ Names in memory are those of `state_dict()`: `trainable` and `frozen` for the di
 Shapes: O out features, I in features, R the rank that trains.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,8 +32,8 @@ class Layout(Protocol):
     def keep(self, native: Tensors) -> Tensors:
         """The `kept` of an adapter; the names in `native` do not contain the adapter's."""
 
-    def split(self, portable: Tensors, kept: Tensors) -> Tensors:
-        """The `native` that `join` and `keep` were given."""
+    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
+        """The `native` that `join` and `keep` were given; a `history` is None where there was no restart."""
 
 
 class WithOffset:
@@ -56,9 +56,8 @@ class WithOffset:
         suffix = ".lora_A.frozen"
         return {key.removesuffix(suffix): value for key, value in native.items() if key.endswith(suffix)}
 
-    def split(self, portable: Tensors, kept: Tensors) -> Tensors:
-        """A `history` is None where there was no restart."""
-        native = {}
+    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
+        native: dict[str, Any] = {}
         for key, value in portable.items():
             module = key.removesuffix(".weight")
             if key.endswith(".lora_A.weight"):
@@ -91,7 +90,7 @@ class WithoutOffset:
     def keep(self, native: Tensors) -> Tensors:
         return {key: value for key, value in native.items() if key.endswith((".lora_A.frozen", ".lora_A.trainable"))}
 
-    def split(self, portable: Tensors, kept: Tensors) -> Tensors:
+    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
         return kept | {key: value for key, value in portable.items() if not key.endswith(".lora_A.weight")}
 
 

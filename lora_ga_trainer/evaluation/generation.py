@@ -4,6 +4,7 @@ lm-eval-harness is not used: a model in memory it evaluates in one process only 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,13 +48,14 @@ def generate(
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(compute_device(next(model.parameters())))
     # An answer ends as a training example does, with the tokenizer's token, or as the base model's own answers do.
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    settings: Any = model.generation_config
+    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = {tokenizer.eos_token_id, *own} - {None}
     until = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     try:
         model.eval()
         with torch.no_grad():
-            outputs = model.generate(
+            outputs = model.generate(  # type: ignore[operator]  # to mypy the attribute of any `nn.Module`
                 **inputs,
                 do_sample=False,
                 repetition_penalty=1.0,  # which some models' own settings have, and is not greedy

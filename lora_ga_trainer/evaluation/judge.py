@@ -242,6 +242,7 @@ def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) ->
     from openai import APIConnectionError, APIStatusError
     from openai.types.chat import ChatCompletion
 
+    assert args.judge_model is not None  # without one nobody is asked
     where = f"The judge {args.judge_model} at {client.base_url}"
     onwards = f"Finished judgments are in {file}; the same command goes on from there."
     try:

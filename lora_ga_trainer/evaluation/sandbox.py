@@ -254,12 +254,12 @@ def _filter(machine: str) -> list[tuple[int, int, int, int]]:
     # The numbers mean something else to a process that switches to another architecture (32-bit calls on x86_64).
     instructions = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit_arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for numbers in ALLOWED.values():
-        if numbers[column] is not None:
-            instructions += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
+        if (number := numbers[column]) is not None:
+            instructions += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
     for name, numbers in OPENING.items():
-        if numbers[column] is not None:
+        if (number := numbers[column]) is not None:
             instructions += [
-                (EQUAL, 0, 4, numbers[column]),
+                (EQUAL, 0, 4, number),
                 (LOAD, 0, 0, 16 + 8 * OPEN_FLAGS[name]),  # the lower half: both machines are little-endian
                 (ANY_BIT, 1, 0, to_change),
                 (RETURN, 0, 0, ALLOW),
