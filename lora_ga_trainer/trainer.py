@@ -302,7 +302,7 @@ class LoRAGAMixin(Base):
         """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))
+            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))  # type: ignore[arg-type]  # as above
 
     def start_clock(self) -> None:
         """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""

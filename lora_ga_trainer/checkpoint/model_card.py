@@ -59,8 +59,9 @@ def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
         text = text.replace(f"[{unknown}](https://huggingface.co/{unknown})", known)
     text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {known} on ")
     text = text.replace("on the None dataset.", "on an unknown dataset.")  # transformers', of a data set made in memory
-    before, heading, after = re.match(r"(.*?)(^##+ |\Z)(.*)", text, flags=re.DOTALL | re.MULTILINE).groups()
-    card.text = f"{before.rstrip()}\n\n{section(peft_model)}\n\n{heading}{after}".rstrip() + "\n"
+    heading = re.search(r"^##+ ", text, flags=re.MULTILINE)
+    start = heading.start() if heading else len(text)
+    card.text = f"{text[:start].rstrip()}\n\n{section(peft_model)}\n\n{text[start:]}".rstrip() + "\n"
     card.save(path)
 
 

@@ -21,7 +21,8 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def options_parser(types: tuple[type, ...], prog: str) -> TrlParser:
-    return TrlParser(types, prog=prog, usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]", allow_abbrev=False)
+    kinds: Any = types  # TRL says that it wants instances, and means classes
+    return TrlParser(kinds, prog=prog, usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]", allow_abbrev=False)
 
 
 def parse_options(types: tuple[type, ...], argv: list[str], prog: str) -> tuple[Any, ...]:

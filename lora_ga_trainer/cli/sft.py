@@ -125,7 +125,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
+    } | (training_args.model_init_kwargs or {})  # type: ignore[operator]  # a string has been parsed
     with training_args.main_process_first():  # it makes the copies that the others read
         train_dataset, eval_dataset = load_data(data_args, training_args)
     trainer = LoRAGASFTTrainer(
@@ -138,15 +138,15 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
     )
     trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
     trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`
-    out = training_args.output_dir
+    out = Path(training_args.output_dir)  # type: ignore[arg-type]  # TrainingArguments has filled it in
     if training_args.push_to_hub:  # which saves as well
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
     else:
         trainer.save_model()
-        trainer.create_model_card(Path(out).resolve().name, data_args.dataset_name)
+        trainer.create_model_card(out.resolve().name, data_args.dataset_name)
     trainer.accelerator.print(
-        f"The adapter is in {out}; {Path(out, 'README.md')} tells how to load it.\n"
-        f"To look at the run: lora-ga inspect {out} --out {Path(out, 'inspection')}"
+        f"The adapter is in {out}; {out / 'README.md'} tells how to load it.\n"
+        f"To look at the run: lora-ga inspect {out} --out {out / 'inspection'}"
     )
     trainer.end()
 
@@ -163,31 +163,31 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
     Raises:
         ValueError: no such file, data set or split; columns that are no training data; or nothing to evaluate on.
     """
-    evaluates = training_args.eval_strategy != "no"
+    from transformers.trainer_utils import IntervalStrategy
+
+    strategy = IntervalStrategy(training_args.eval_strategy)
+    evaluates = strategy != IntervalStrategy.NO
+    eval_name: str | None
     if data_args.dataset_path is not None:
         from ..evaluation.sources import local_items
 
         if evaluates and data_args.eval_dataset_path is None:
             raise ValueError(
-                f"`eval_strategy` is {str(training_args.eval_strategy.value)!r}, but there is nothing to evaluate on. Set "
+                f"`eval_strategy` is {strategy.value!r}, but there is nothing to evaluate on. Set "
                 "`eval_dataset_path`, or leave out `eval_strategy`."
             )
-        parts = {data_args.dataset_path: local_items(data_args.dataset_path, ())}
-        if evaluates:
-            parts[data_args.eval_dataset_path] = local_items(data_args.eval_dataset_path, ())
-        wanted = [data_args.dataset_path, data_args.eval_dataset_path if evaluates else None]
+        train_name, eval_name = data_args.dataset_path, data_args.eval_dataset_path if evaluates else None
+        parts = {path: local_items(path, ()) for path in (train_name, eval_name) if path is not None}
     else:
         parts = hub_data(data_args)
-        wanted = [data_args.dataset_train_split, data_args.dataset_test_split if evaluates else None]
-    for name in wanted:
-        if name is not None and name not in parts:
+        train_name, eval_name = data_args.dataset_train_split, data_args.dataset_test_split if evaluates else None
+    for name in filter(None, (train_name, eval_name)):
+        if name not in parts:
             raise ValueError(
                 f"{data_args.dataset_name} has no split {name!r}, only {', '.join(parts)}. Set `dataset_train_split` and, to "
                 "evaluate, `dataset_test_split`."
             )
-        if name is not None:
-            check_trainable(parts[name].column_names, name, training_args.dataset_text_field)
-    train_name, eval_name = wanted
+        check_trainable(parts[name].column_names, name, training_args.dataset_text_field)
     return parts[train_name], parts[eval_name] if eval_name is not None else None
 
 

@@ -24,6 +24,7 @@ class Snapshot(NamedTuple):
 
     adapter: Path
     state: LoRAGAState
+    report: InitReport
     norms: Norms
 
 
@@ -43,8 +44,8 @@ def inspect(path: Path, out: Path) -> Path:
         log = Log([])
         notes.append(str(error))
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw(last.state.report, {step: found.norms for step, found in snapshots.items()}, log, out)
-    if not last.state.report.singular_values:
+    pictures = draw(last.report, {step: found.norms for step, found in snapshots.items()}, log, out)
+    if not last.report.singular_values:
         notes.append(f"{last.adapter / STATE_FILE} was written before the gradients' singular values were kept in it.")
     page = out / "index.html"
     page.write_text(
@@ -72,7 +73,9 @@ def read_snapshots(path: Path) -> dict[int, Snapshot]:
         adapter = adapter_folder(folder) or folder
         try:
             state = read_state(adapter)
-            snapshots[n] = Snapshot(adapter, state, factor_norms(adapter, state))
+            if state.report is None:
+                raise ValueError(f"{adapter} was saved before its initialization, so there is nothing to draw.")
+            snapshots[n] = Snapshot(adapter, state, state.report, factor_norms(adapter, state))
         except ValueError as error:  # half-written, or not one of ours
             problems.append(str(error))
     if not snapshots:
@@ -146,7 +149,7 @@ def draw(report: InitReport, norms: dict[int, Norms], log: Log, out: Path) -> li
 
 def sections(path: Path, last: Snapshot, notes: list[str], pictures: list[Picture]) -> list[str]:
     """The page's parts as HTML."""
-    state, report = last.state, last.state.report
+    state, report = last.state, last.report
     memory = "not measured" if report.extra_peak_bytes is None else f"{report.extra_peak_bytes / 2**20:,.1f} MiB extra"
     config = json.loads((last.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     facts = {
