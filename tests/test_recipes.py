@@ -348,7 +348,7 @@ def test_a_run_as_a_program(tmp_path):
         "Load it with stock PEFT",
     ):
         assert line in run.stdout
-    assert "LoRA-GA gradient, pass 1/" in run.stderr and "LoRA-GA initialized 7 layers" in run.stderr
+    assert "LoRA-GA gradient, pass 1 of" in run.stderr and "LoRA-GA initialized 7 layers" in run.stderr
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
     assert reloaded.peft_config["default"].r == 8  # --r 4, rank 2r in the file
 

@@ -148,6 +148,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
         f"The adapter is in {out}; {out / 'README.md'} tells how to load it.\n"
         f"To look at the run: lora-ga inspect {out} --out {out / 'inspection'}"
     )
+    trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.end()
 
 
