@@ -3,10 +3,12 @@
 torchrun --nproc_per_node 2 tests/other_trainers.py OUT       OUT/<rank>.pt: the gradients of each kind in `PAIRS`
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -153,3 +155,7 @@ if __name__ == "__main__":
         trainer = make_trainer(kind, out / kind, ga_num_samples=5, ga_batch_size=2)
         found[kind] = estimated_gradients(trainer)
     torch.save(found, out / f"{trainer.args.process_index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # see backend_worker

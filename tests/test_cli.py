@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, environment, free_port
+from launching import REPOSITORY, ended_well, environment, free_port
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
@@ -227,7 +227,7 @@ def test_it_runs_under_the_launcher(model, data, tmp_path):
         [*launcher, "-m", "lora_ga_trainer.cli.sft", *words],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert ended_well(done), done.stderr[-2000:]
     saved = json.loads((tmp_path / "out/lora_ga.json").read_text())
     assert saved["launch"] == {"backend": "DDP", "world_size": 2}
     assert done.stdout.count("The adapter is in") == 1, "on the main process only"

@@ -15,6 +15,7 @@ from codeio import codeio
 from data import load_rows, prepare
 from finetune import finetune, parse
 from gsm_symbolic import gsm_symbolic
+from launching import ended_well
 from metamath import MathDataArguments
 from peft import PeftModel
 from recipe_cases import CAUSAL, RECIPES, options, rows_for, save_model, write
@@ -321,7 +322,7 @@ def test_a_run_on_two_processes(tmp_path):
             "--evaluate", "--evaluation_file", problems, "--max_new_tokens", 4,
             launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
         )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
+        assert ended_well(run), run.stderr[-3000:]
         return run, sorted((tmp_path / "cache").rglob("*.arrow"))
 
     (run, prepared_once), out = train(), tmp_path / "out"
