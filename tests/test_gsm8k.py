@@ -228,7 +228,7 @@ def test_the_command_line_evaluates_an_adapter_on_two_processes(problems, base_m
 
     options = ("--base", base_model, "--evaluation_file", problems, "--max_new_tokens", 4)
     run = command_line("gsm8k", *options, "--adapter", tmp_path / "adapter", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    assert ended_well(run), run.stderr
     (folder,) = (tmp_path / "evaluation").iterdir()
     assert len(finished_lines(folder / "completions.jsonl")) == 7 and run.stdout.count("gsm8k: score") == 1
     assert f"gsm8k: score 0.0 on 7 items. All of them are in {folder.relative_to(tmp_path)}." in run.stdout

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import environment, free_port
+from launching import ended_well, environment, free_port
 from tiny import letter_tokenizer, tiny_model
 from trl import TrlParser
 
@@ -260,7 +260,7 @@ def test_two_processes_share_the_work(two_problems, tmp_path):
         capture_output=True, text=True, timeout=300, cwd=ROOT,
         env=environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert ended_well(run), run.stderr[-3000:]
     args = HumanEvalArguments(allow_code_execution=True, evaluation_file=str(two_problems), max_new_tokens=8)
     (tmp_path / "one").mkdir()
     alone = evaluate(tiny_model(), letter_tokenizer(), tmp_path / "one", args)
