@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ended_well
 from tiny import lora_config, tiny_batches, tiny_model
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
