@@ -49,9 +49,9 @@ def ended_well(run: subprocess.CompletedProcess) -> bool:
     return run.returncode == 0 or "terminate called without an active exception" in run.stderr
 
 
-def torchrun(worker: str, out: Path) -> list[dict]:
-    """What each of 2 processes of the script `worker` wrote to OUT/<rank>.pt."""
-    launcher = [
+def torchrun_command() -> list[str]:
+    """What launches the rest of a command line as 2 processes."""
+    return [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -60,8 +60,12 @@ def torchrun(worker: str, out: Path) -> list[dict]:
         "--master_port",
         str(free_port()),
     ]
+
+
+def torchrun(worker: str, out: Path) -> list[dict]:
+    """What each of 2 processes of the script `worker` wrote to OUT/<rank>.pt."""
     finished = subprocess.run(
-        [*launcher, str(WORKER.with_name(worker)), str(out)],
+        [*torchrun_command(), str(WORKER.with_name(worker)), str(out)],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     if finished.returncode:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, ended_well, environment, free_port
+from launching import REPOSITORY, ended_well, environment, torchrun_command
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
@@ -213,18 +213,9 @@ def test_what_resuming_may_be_called(given, taken):
 
 def test_it_runs_under_the_launcher(model, data, tmp_path):
     """Two processes; the way of every multi-GPU run."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     words = ["--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out", max_steps=1)]
     done = subprocess.run(
-        [*launcher, "-m", "lora_ga_trainer.cli.sft", *words],
+        [*torchrun_command(), "-m", "lora_ga_trainer.cli.sft", *words],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended_well(done), done.stderr[-2000:]
