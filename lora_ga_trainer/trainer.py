@@ -197,9 +197,8 @@ class LoRAGAMixin(Base):
             order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
             drawn = order[:wanted].tolist()
             examples = [self.train_dataset[index] for index in drawn[mine]]
-        if (
-            len(drawn) < wanted and self.lora_ga_report is None and self.is_world_process_zero()
-        ):  # not at restarts again
+        is_restart = self.lora_ga_report is not None  # which need not say it again
+        if len(drawn) < wanted and not is_restart and self.is_world_process_zero():
             logger.warning(
                 f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them; "
                 "lower `ga_num_samples` to be rid of this warning."

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backends import rank
 from ..launches import Launch, check_resumable_launch
+from ..run_folder import checkpoints_of
 from .adapter_files import adapter_directory, check_adapter
 
 logger = logging.getLogger(__name__)
@@ -116,11 +116,7 @@ def last_complete(output_dir: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    steps = {}
-    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and number.isdigit():
-            steps[int(number)] = path
+    steps = checkpoints_of(output_dir)
     for step in sorted(steps, reverse=True):
         try:
             check_complete(steps[step])

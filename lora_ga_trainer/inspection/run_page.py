@@ -11,10 +11,11 @@ from peft.utils import CONFIG_NAME
 from ..checkpoint.model_card import settings
 from ..checkpoint.state import LoRAGAState, read_state
 from ..report import InitReport
+from ..run_folder import checkpoints_of, step_of
 from . import figures
 from .norms import Norms, factor_norms
 from .page import Picture, facts_table, figure_html, html_page, number_table
-from .runs import STATE_FILE, Log, adapter_folder, check_folder, checkpoints_of, read_log, step_of
+from .runs import STATE_FILE, Log, adapter_folder, check_folder, read_log
 
 logger = logging.getLogger(__name__)
 

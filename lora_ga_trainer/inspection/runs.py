@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STATE_FILE, LOG_FILE, PREFIX = "lora_ga.json", "trainer_state.json", "checkpoint-"
+from ..run_folder import checkpoints_of, step_of
+
+STATE_FILE, LOG_FILE = "lora_ga.json", "trainer_state.json"
 
 
 class Curve(NamedTuple):
@@ -34,18 +36,6 @@ class Log:
 
     def last(self, key: str) -> float | None:
         return next((entry[key] for entry in reversed(self.entries) if key in entry), None)
-
-
-def step_of(directory: Path) -> int | None:
-    """N of a `checkpoint-N`."""
-    number = directory.name.removeprefix(PREFIX)
-    return int(number) if directory.name.startswith(PREFIX) and number.isdigit() else None
-
-
-def checkpoints_of(run: Path) -> dict[int, Path]:
-    """The folders `checkpoint-N` of a run, by N ascending."""
-    found = {step_of(path): path for path in run.glob(f"{PREFIX}*") if path.is_dir()}
-    return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
 def adapter_folder(directory: Path) -> Path | None:
