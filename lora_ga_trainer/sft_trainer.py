@@ -23,7 +23,7 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
 
     Raises:
         ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, the dataset is empty or its columns are not those that TRL
+            the adapter has been initialized or trained already, a dataset is empty or its columns are not those that TRL
             reads, or the model is an encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
@@ -45,4 +45,7 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     def check_arguments(self, arguments: dict[str, Any]) -> None:
         super().check_arguments(arguments)
         if arguments.get("formatting_func") is None:
-            check_examples(arguments.get("train_dataset"), arguments["args"])
+            held_out = arguments.get("eval_dataset")
+            check_examples(arguments.get("train_dataset"), arguments["args"], "training")
+            for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+                check_examples(dataset, arguments["args"], "evaluation")

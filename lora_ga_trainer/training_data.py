@@ -1,4 +1,4 @@
-"""What can be told of a training set before TRL prepares it, where a mistake would end in an error that names no column."""
+"""What can be told of examples before TRL prepares them, where a mistake would end in an error that names no column."""
 
 from collections.abc import Sized
 from typing import Any
@@ -9,19 +9,20 @@ from trl import SFTConfig
 CONVERSATIONS = ("messages", "conversations")
 FORMS = 'a "prompt" and a "completion", "messages", or `dataset_text_field`'
 TEXT = ("string", "large_string", "null")
+ROLES = {"training": "to train", "evaluation": "to evaluate"}
 
 
-def check_not_empty(dataset: Any, problem: str) -> None:
+def check_not_empty(dataset: Any, problem: str, role: str = "training") -> None:
     """
     Raises:
         ValueError: it is empty.
     """
     if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise ValueError(f"The training set {problem}, so there is nothing to train on. Pass at least one example.")
+        raise ValueError(f"The {role} set {problem}, so there is nothing {ROLES[role]} on. Pass at least one example.")
 
 
-def check_examples(dataset: Any, args: SFTConfig) -> None:
-    """Refuse a training set that TRL would stumble over: an empty stream, other columns than it reads, other things than text.
+def check_examples(dataset: Any, args: SFTConfig, role: str) -> None:
+    """Refuse a "training" or "evaluation" set that TRL would stumble over: an empty stream, other columns, no text.
 
     Of a stream only the first example is looked at. What is no `Dataset` is TRL's to refuse.
 
@@ -32,23 +33,23 @@ def check_examples(dataset: Any, args: SFTConfig) -> None:
         return
     if isinstance(dataset, IterableDataset):
         first = next(iter(dataset), None)
-        check_not_empty([] if first is None else [first], "is a stream that ends before its first example")
+        check_not_empty([] if first is None else [first], "is a stream that ends before its first example", role)
         columns = list(first or {})
     else:
         columns = dataset.column_names
     if "input_ids" in columns:
         return
-    for column in _columns_read(columns, args.dataset_text_field):
+    for column in _columns_read(columns, args.dataset_text_field, role):
         if isinstance(dataset, Dataset):
-            _check_text(dataset, column)
+            _check_text(dataset, column, role)
 
 
-def _columns_read(columns: list[str], text_field: str) -> list[str]:
+def _columns_read(columns: list[str], text_field: str, role: str) -> list[str]:
     """The columns that TRL takes the texts from, of those there are."""
     if "prompt" in columns and "completion" not in columns:
         raise ValueError(
-            f'The training set has a column "prompt" but no "completion", only {columns}, so that nothing would be trained. '
-            "Add or rename it."
+            f'The {role} set has a column "prompt" but no "completion", only {columns}, so that there would be nothing '
+            f"{ROLES[role]} on. Add or rename it."
         )
     if "completion" in columns and "prompt" in columns:
         return ["prompt", "completion"]
@@ -56,21 +57,21 @@ def _columns_read(columns: list[str], text_field: str) -> list[str]:
         if column in columns:
             return [column]
     raise ValueError(
-        f"The training set has the columns {columns}, but needs {FORMS} ({text_field!r}). Rename them "
+        f"The {role} set has the columns {columns}, but needs {FORMS} ({text_field!r}). Rename them "
         "(`dataset.rename_columns`), set `dataset_text_field`, or pass a `formatting_func`."
     )
 
 
-def _check_text(dataset: Dataset, column: str) -> None:
+def _check_text(dataset: Dataset, column: str, role: str) -> None:
     feature = dataset.features[column]
     if isinstance(feature, Value) and feature.dtype not in TEXT:
         raise ValueError(
-            f"The column {column!r} of the training set holds {feature.dtype}, but must hold text. Convert it to strings."
+            f"The column {column!r} of the {role} set holds {feature.dtype}, but must hold text. Convert it to strings."
         )
     if dataset.data.column(column).null_count:  # also counts rows that a selection has left out
         missing = [row for row, value in enumerate(dataset[column]) if value is None]
         if missing:
             raise ValueError(
-                f"The column {column!r} of the training set has no value in {len(missing):,} of {len(dataset):,} rows, first "
+                f"The column {column!r} of the {role} set has no value in {len(missing):,} of {len(dataset):,} rows, first "
                 f"in row {missing[0]}. Fill them in, or leave them out with `dataset.filter`."
             )

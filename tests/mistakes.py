@@ -82,11 +82,14 @@ class World:
     def config(self, **overrides) -> LoRAGASFTConfig:
         return LoRAGASFTConfig(**sft_arguments(self.out, **overrides))
 
-    def trainer(self, *, model=None, data=None, lora=None, config=None, **overrides) -> LoRAGASFTTrainer:
+    def trainer(
+        self, *, model=None, data=None, eval_data=None, lora=None, config=None, **overrides
+    ) -> LoRAGASFTTrainer:
         trainer = LoRAGASFTTrainer(
             model=self.model() if model is None else model,
             args=config or self.config(**overrides),
             train_dataset=word_problems() if data is None else data,
+            eval_dataset=eval_data,
             processing_class=word_tokenizer(),
             peft_config=None if isinstance(model, PeftModel) else lora_config() if lora is None else lora,
         )
@@ -476,6 +479,10 @@ def d19_batches_without_labels(world):
 
 def d20_no_batches(world):
     initialize_lora_ga(world.peft_model(), [], LoRAGAArguments(), **QUIET)
+
+
+def d21_other_columns_to_evaluate_on(world):
+    world.trainer(eval_data={"hard": word_problems().rename_columns({"prompt": "question", "completion": "answer"})})
 
 
 # --- checkpoints and resuming -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import lora_ga_trainer
 from lora_ga_trainer.arguments import LoRAGAArguments, LoRAGASFTConfig
 from lora_ga_trainer.cli.__main__ import COMMANDS, main
 from lora_ga_trainer.cli.parsing import options_parser
-from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments, check_trainable, resume_choice
+from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments, resume_choice
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -144,11 +144,15 @@ KINDS = {
     "conversation": lambda row: {
         "messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     },
+    "ShareGPT": lambda row: {
+        "conversations": [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["completion"]}]
+    },
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "suffix"), [("prompt and completion", ".jsonl"), ("text", ".csv"), ("conversation", ".parquet")]
+    ("kind", "suffix"),
+    [("prompt and completion", ".jsonl"), ("text", ".csv"), ("conversation", ".parquet"), ("ShareGPT", ".jsonl")],
 )
 def test_every_kind_of_data_from_a_file(model, tmp_path, kind, suffix):
     rows = word_problems().map(KINDS[kind])
@@ -264,16 +268,6 @@ def test_a_file_that_holds_no_options(tmp_path, text, message):
 def test_neither_model_nor_data(data, tmp_path):
     assert "just one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
     assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
-
-
-@pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages", "id"], ["body"], ["input_ids"], None])
-def test_columns_that_can_be_trained_on(columns):
-    check_trainable(columns, "rows", "body")
-
-
-def test_columns_that_cannot():
-    with pytest.raises(ValueError, match="rows has the columns question, answer, but must have prompt and completion"):
-        check_trainable(["question", "answer"], "rows", "text")
 
 
 def test_a_folder_as_a_data_set_and_its_splits(model, tmp_path):

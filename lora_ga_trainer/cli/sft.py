@@ -162,7 +162,7 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
     """(to train on, to evaluate on or None).
 
     Raises:
-        ValueError: no such file, data set or split; columns that are no training data; or nothing to evaluate on.
+        ValueError: no such file, data set or split, or nothing to evaluate on.
     """
     from transformers.trainer_utils import IntervalStrategy
 
@@ -188,7 +188,6 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
                 f"{data_args.dataset_name} has no split {name!r}, only {', '.join(parts)}. Set `dataset_train_split` and, to "
                 "evaluate, `dataset_test_split`."
             )
-        check_trainable(parts[name].column_names, name, training_args.dataset_text_field)
     return parts[train_name], parts[eval_name] if eval_name is not None else None
 
 
@@ -210,19 +209,6 @@ def hub_data(data_args: DataArguments) -> dict[str, Any]:
             f"The data set {data_args.dataset_name} cannot be loaded ({error}). Check the name and the connection, or pass a "
             "local file as `dataset_path`."
         ) from error
-
-
-def check_trainable(columns: list[str] | None, source: str, text_field: str) -> None:
-    """
-    Raises:
-        ValueError: `columns` are known, and hold none of TRL's kinds of data.
-    """
-    kinds = {"prompt", "completion"}, {"messages"}, {text_field}, {"input_ids"}
-    if columns is not None and not any(kind <= set(columns) for kind in kinds):
-        raise ValueError(
-            f"{source} has the columns {', '.join(columns)}, but must have prompt and completion, or messages, or "
-            f"{text_field}. Rename them, or name the column of text with `dataset_text_field`."
-        )
 
 
 if __name__ == "__main__":
