@@ -29,15 +29,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def accelerate_command(config: str, *options: str) -> list[str]:
+    """What launches the rest of a command line as the processes of `accelerate_configs/cpu/<config>.yaml`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, "--config_file", f"accelerate_configs/cpu/{config}.yaml", *options]
+
+
 def command(config: str, out: Path, *options: str) -> list[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"accelerate_configs/cpu/{config}.yaml",
-    ]
-    return [*launcher, *options, str(WORKER), str(out)]
+    return [*accelerate_command(config, *options), str(WORKER), str(out)]
 
 
 def ended_well(run: subprocess.CompletedProcess) -> bool:
@@ -51,15 +50,8 @@ def ended_well(run: subprocess.CompletedProcess) -> bool:
 
 def torchrun_command() -> list[str]:
     """What launches the rest of a command line as 2 processes."""
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, "--nproc_per_node", "2", "--master_port", str(free_port())]
 
 
 def torchrun(worker: str, out: Path) -> list[dict]:
@@ -79,9 +71,8 @@ def what_two_processes_say(worker: str, out: Path, seconds: float) -> tuple[str,
     Raises:
         subprocess.TimeoutExpired: they did not end in time.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(WORKER.with_name(worker)), str(out)],
+        [*torchrun_command(), str(WORKER.with_name(worker)), str(out)],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=seconds,
     )  # fmt: skip
     return finished.stdout, finished.stderr, finished.returncode

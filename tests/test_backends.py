@@ -1,6 +1,8 @@
 """Invariants 1, 3, 4, 5 and 6 on two real processes: every backend gives the same factors, losses and files as one process."""
 
 import hashlib
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +10,23 @@ import pytest
 import torch
 from backend_worker import INPUTS, STEPS, Run, execute, factor_error
 from communication import Model, exact_bytes, sketch_bytes
-from launching import launch, launch_on_two_machines, torchrun
+from launching import (
+    REPOSITORY,
+    accelerate_command,
+    ended_well,
+    environment,
+    free_port,
+    launch,
+    launch_on_two_machines,
+    torchrun,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import peft_pair, tiny_batches, tiny_model, tiny_t5
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.checkpoint.adapter_files import FROZEN_FILE
 from lora_ga_trainer.launches import Launch
 
 BACKENDS = {
@@ -343,6 +355,31 @@ def test_a_loop_of_ones_own(own_loops, name):
     assert first["world_size"] == 2
     assert factor_error(first[name], reference) < FACTOR_TOLERANCE
     assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
+
+
+@pytest.fixture(scope="module")
+def example_alone(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The A0 of `examples/custom_loop.py` in one process."""
+    return example([sys.executable], tmp_path_factory.mktemp("example"))
+
+
+def example(launcher: list[str], out: Path) -> dict[str, torch.Tensor]:
+    done = subprocess.run(
+        [*launcher, "examples/custom_loop.py", "--r", "2", "--out", str(out)],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended_well(done), done.stderr[-2000:]
+    assert done.stdout.count("The adapter is in") == 1, "on the main process only"
+    return {f"{layer}.lora_A.frozen": value for layer, value in load_file(out / FROZEN_FILE).items()}
+
+
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_the_example_of_a_loop(config, example_alone, tmp_path):
+    found = example(accelerate_command(config, "--main_process_port", str(free_port())), tmp_path)
+    assert len(example_alone) == len(found) == 14
+    assert factor_error(found, example_alone) < FACTOR_TOLERANCE
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(adapter) == 28 and all(value.isfinite().all() and value.any() for value in adapter.values())
 
 
 def test_an_error_on_one_process_is_raised_on_all(own_loops):

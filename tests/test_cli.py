@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, ended_well, environment, torchrun_command
+from launching import REPOSITORY, accelerate_command, ended_well, environment, free_port
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
@@ -216,15 +216,15 @@ def test_what_resuming_may_be_called(given, taken):
 
 
 def test_it_runs_under_the_launcher(model, data, tmp_path):
-    """Two processes; the way of every multi-GPU run."""
+    """Two processes under ZeRO-3; the way of every multi-GPU run."""
     words = ["--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out", max_steps=1)]
     done = subprocess.run(
-        [*torchrun_command(), "-m", "lora_ga_trainer.cli.sft", *words],
+        [*accelerate_command("zero3", "--main_process_port", str(free_port())), "-m", "lora_ga_trainer.cli.sft", *words],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended_well(done), done.stderr[-2000:]
     saved = json.loads((tmp_path / "out/lora_ga.json").read_text())
-    assert saved["launch"] == {"backend": "DDP", "world_size": 2}
+    assert saved["launch"] == {"backend": "ZeRO-3", "world_size": 2}
     assert done.stdout.count("The adapter is in") == 1, "on the main process only"
     assert done.stderr.count("LoRA-GA initialized 14 layers") == 1
 
