@@ -58,6 +58,7 @@ def number(value: float | None) -> str:
 def table(task_arms: list[Arm]) -> str:
     """One row an arm: the three numbers, and steps to the baseline's final loss."""
     baseline = next((arm for arm in task_arms if arm.label == BASELINE), None)
+    answered = any("score" in run for arm in task_arms for run in arm.runs)
     rows = []
     for arm in task_arms:
         losses = arm.losses()
@@ -71,12 +72,23 @@ def table(task_arms: list[Arm]) -> str:
         cells.append(str(near_best(losses)) if len(losses) > 2 else "")
         cells += ["" if baseline is None else speed(arm, baseline, None)]
         cells += ["" if baseline is None else speed(arm, baseline, rate) for rate in USUAL_RATES]
+        cells += [solved(arm)] if answered else []
         rows.append(cells)
     header = [
         "method", "best lr", "loss there (seed: loss)", *(f"at {rate:g}" for rate in USUAL_RATES), "decades of lr within 5 %",
-        "fewer steps, best to best", *(f"at {rate:g}" for rate in USUAL_RATES),
+        "fewer steps, best to best", *(f"at {rate:g}" for rate in USUAL_RATES), *(["solved (lr)"] if answered else []),
     ]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def solved(arm: Arm) -> str:
+    """How many of the benchmark's items each run got right, by learning rate, with one standard error."""
+    found = []
+    for run in sorted(arm.runs, key=lambda run: run["settings"]["learning_rate"]):
+        share, items = run["score"], run["items"]
+        error = (share * (1 - share) / items) ** 0.5
+        found.append(f"{100 * share:.0f} ± {100 * error:.0f} % ({run['settings']['learning_rate']:g})")
+    return "; ".join(found)
 
 
 def speed(arm: Arm, baseline: Arm, rate: float | None) -> str:

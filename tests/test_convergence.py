@@ -116,6 +116,14 @@ def test_arms_of_one_method_are_told_apart_by_what_differs():
     assert [arm.label for arm in arms] == ["lora", "lora_ga gamma=16", "lora_ga gamma=64"]
 
 
+def test_answers_stand_in_the_table_where_there_are_some():
+    low, high = (finished(rate, 3, 2) | {"score": score, "items": 100} for rate, score in ((1e-3, 0.5), (1e-2, 0.1)))
+    header, _, row = convergence_report.table([Arm("lora", [high, low])]).splitlines()
+    assert header.endswith("| solved (lr) |")
+    assert row.endswith("| 50 ± 5 % (0.001); 10 ± 3 % (0.01) |"), "√(p·(1 − p)/n)"
+    assert "solved" not in convergence_report.table([Arm("lora", [finished(1e-3, 3, 2)])])
+
+
 def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     flags = options("metamath", tmp_path, max_steps=4, max_length=60)
