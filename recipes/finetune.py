@@ -66,6 +66,7 @@ def finetune(recipe: Recipe, options: Options) -> Trainer:
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
+    trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`
 
     say = PartialState().print  # on the main process only; the rest is done on all, which share a sharded model
     say(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")

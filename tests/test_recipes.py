@@ -352,6 +352,8 @@ def test_a_run_as_a_program(tmp_path):
     assert "LoRA-GA gradient, pass 1 of" in run.stderr and "LoRA-GA initialized 7 layers" in run.stderr
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
     assert reloaded.peft_config["default"].r == 8  # --r 4, rank 2r in the file
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert "eval_loss" in log[-1] and sum("ga/alignment_mean" in entry for entry in log) == 1
 
 
 def test_a_wrong_launch_ends_in_one_clear_error(tmp_path):
