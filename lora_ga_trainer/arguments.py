@@ -1,10 +1,9 @@
-"""The `ga_*` options, their checks, and what LoRA-GA asks of a `LoraConfig`."""
+"""The `ga_*` options and their checks."""
 
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
-from peft import LoraConfig, PeftType, TaskType
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
@@ -15,7 +14,7 @@ LARGEST_SEED = 2**63 - 1
 """torch's generators take 64 bits, and every restart draws with a seed one higher."""
 
 
-def _is_number_above_zero(value: Any) -> bool:
+def is_number_above_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
@@ -140,7 +139,7 @@ class LoRAGAArguments:
                 f"`ga_restart_steps` is {self.ga_restart_steps}, but `ga_offset` is False: a restart keeps what was trained "
                 "beside a pair A0, B0 with its offset. Leave out one of the two."
             )
-        if not _is_number_above_zero(self.ga_gamma):
+        if not is_number_above_zero(self.ga_gamma):
             raise ValueError(
                 f"`ga_gamma` is {self.ga_gamma!r}, but must be a finite number above 0. 16.0 is the default."
             )
@@ -250,56 +249,3 @@ def with_ga_options(config_class: type[Config], args: TrainingArguments | None, 
             f"have. Derive your configuration from `{config_class.__name__}`."
         )
     return config_class(**values)
-
-
-def paper_lora_config(task_type: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
-    """The paper's adapter (section 4.1): r 8, α 16, rsLoRA scaling, every linear layer but the head."""
-    return LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type=task_type)
-
-
-OTHER_METHODS = {
-    "use_dora": "DoRA trains a magnitude beside A and B",
-    "use_qalora": "QALoRA pools the input before A",
-    "use_bdlora": "BD-LoRA makes the factors block-diagonal",
-    "alora_invocation_tokens": "aLoRA switches the adapter on per token",
-    "arrow_config": "Arrow routes between adapters",
-    "velora_config": "VeLoRA compresses the activations that the gradient needs",
-    "monteclora_config": "MonteCLoRA samples the factors",
-    "kasa_config": "KaSA adds singular values to the factors",
-    "target_parameters": "parameters outside of linear layers have no input that the probe could see. The experts of a "
-    'Mixture-of-Experts model are such parameters, and PEFT makes this field of "all-linear", "gate_proj" and the like; name '
-    'the linear layers instead, for example `target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]`',
-    "megatron_config": "Megatron's parallel layers split the factors",
-}
-"""Fields of `LoraConfig` that change what an adapter computes, so that LoRA-GA's factors would mean something else."""
-
-
-def check_lora_config(config: LoraConfig) -> None:
-    """Refuse a `LoraConfig` that asks for another initialization or another kind of adapter.
-
-    Raises:
-        ValueError: naming the field, its value and what to do.
-    """
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise ValueError(
-            f"`peft_config` is a {type(config).__name__}, but LoRA-GA initializes LoRA adapters: pass a `LoraConfig`, or "
-            "leave it out for the paper's (r 8, α 16, rsLoRA, all linear layers)."
-        )
-    if config.init_lora_weights is not True:
-        raise ValueError(
-            f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
-            "is the initialization here. Leave `init_lora_weights` at its default (True), or use the trainer without LoRA-GA."
-        )
-    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
-        if not _is_number_above_zero(alpha):
-            raise ValueError(
-                f"An alpha of the `LoraConfig` (`lora_alpha` or in `alpha_pattern`) is {alpha!r}, but must be a finite number "
-                "above 0: the adapter's output is multiplied by it. 16 is the paper's."
-            )
-    for option in fields(config):
-        value = getattr(config, option.name)
-        if option.name in OTHER_METHODS and value:
-            raise ValueError(
-                f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
-                f"Leave out `{option.name}`, or use the trainer without LoRA-GA."
-            )

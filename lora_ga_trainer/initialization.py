@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from .arguments import LoRAGAArguments, check_lora_config
+from .arguments import LoRAGAArguments
 from .backends import batch_device, forget_optimizer_state, is_sharded, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
@@ -31,6 +31,7 @@ from .estimation import (
     sketch_width,
 )
 from .factorization import write_all_factors
+from .lora_config import check_lora_config
 from .memory import peak_memory
 from .probe import preserved_rng
 from .quantized import check_scale

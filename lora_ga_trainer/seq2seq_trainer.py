@@ -7,8 +7,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
-from .arguments import LoRAGASeq2SeqConfig, check_lora_config, paper_lora_config, with_ga_options
+from .arguments import LoRAGASeq2SeqConfig, with_ga_options
 from .launches import check_shared_embeddings, launch_of
+from .lora_config import check_lora_config, paper_lora_config
 from .trainer import LoRAGAMixin
 
 

@@ -12,24 +12,22 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from .arguments import LoRAGAArguments, LoRAGATrainingArguments
 from .backends import rank, world_size
-from .checkpoint.adapter_files import adapter_directory, adapter_state_dict
-from .checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
-from .checkpoint.model_card import TAG, add_lora_ga
+from .checkpoint.completeness import check_writable
+from .checkpoint.model_card import TAG
+from .checkpoint.saving import SavesAdapters
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
@@ -37,17 +35,9 @@ from .launches import check_checkpointing, check_offloading, check_restart, laun
 from .probe import preserved_rng
 from .report import InitReport
 from .restarts import check_schedule, restart_is_due, rewarm
-from .training_data import check_not_empty
+from .training_data import check_not_empty, draw_examples
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    Base = Trainer  # the mixin comes before one
-else:
-    Base = object
-
-SHUFFLE_BUFFER = 1000
-"""Examples that a streaming dataset holds at once to draw the sample from."""
 
 
 class LoRAGACallback(TrainerCallback):
@@ -75,7 +65,7 @@ class LoRAGACallback(TrainerCallback):
             self.trainer.restart_lora_ga()
 
 
-class LoRAGAMixin(Base):
+class LoRAGAMixin(SavesAdapters):
     """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
@@ -185,22 +175,11 @@ class LoRAGAMixin(Base):
         All processes draw the same examples with `seed` and take every n-th of them, each from its own start.
         """
         wanted = self.args.ga_num_samples
-        mine = slice(rank(), None, world_size())
-        if isinstance(self.train_dataset, IterableDataset):
-            shuffled = self.train_dataset.shuffle(seed=seed, buffer_size=max(wanted, SHUFFLE_BUFFER))
-            drawn = list(shuffled.take(wanted))
-            examples = drawn[mine]
-        elif isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # which cannot be shuffled
-            drawn = list(islice(self.train_dataset, wanted))
-            examples = drawn[mine]
-        else:
-            order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(seed))
-            drawn = order[:wanted].tolist()
-            examples = [self.train_dataset[index] for index in drawn[mine]]
+        examples, drawn = draw_examples(self.train_dataset, wanted, seed, slice(rank(), None, world_size()))
         is_restart = self.lora_ga_report is not None  # which need not say it again
-        if len(drawn) < wanted and not is_restart and self.is_world_process_zero():
+        if drawn < wanted and not is_restart and self.is_world_process_zero():
             logger.warning(
-                f"`ga_num_samples` is {wanted}, but the training set has only {len(drawn)} examples. LoRA-GA uses all of them; "
+                f"`ga_num_samples` is {wanted}, but the training set has only {drawn} examples. LoRA-GA uses all of them; "
                 "lower `ga_num_samples` to be rid of this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
@@ -246,20 +225,12 @@ class LoRAGAMixin(Base):
         return scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
+        """`Trainer.train`; see `SavesAdapters.train` for resuming.
 
         Raises:
             ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;
                 also what `initialize_lora_ga` raises.
         """
-        if resume_from_checkpoint:
-            directory = (
-                last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]  # as above
-                if resume_from_checkpoint is True
-                else Path(resume_from_checkpoint)
-            )
-            check_can_resume(self.model, directory, self.model.lora_ga.launch)
-            resume_from_checkpoint = str(directory)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
             raise ValueError(
@@ -268,40 +239,6 @@ class LoRAGAMixin(Base):
                 "`IterableDataset.from_generator` a function that makes a new generator."
             )
         return output
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
-            # are in none of those; the adapter's files have all of it, in every backend.
-            name = self.model.lora_ga.adapter_name
-            self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
-        return prepared
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history, and Trainer looks for no adapter
-        # in a folder of its own.
-        name = self.model.lora_ga.adapter_name
-        best = self.state.best_model_checkpoint
-        assert best is not None  # Trainer asks before it calls this
-        directory = adapter_directory(best, name)
-        self.model.load_adapter(directory, name, is_trainable=True)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
-
-        Every process has to call it.
-        """
-        self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))  # type: ignore[arg-type]  # as above
 
     def start_clock(self) -> None:
         """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""
@@ -316,21 +253,6 @@ class LoRAGAMixin(Base):
         if self.started is not None:
             logs["ga/seconds"] = time.perf_counter() - self.started
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            remove_former(directory)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # so that all processes see the same checkpoints
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last that every process writes. After it come `trainer_state.json` and the removal of older checkpoints.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(Path(output_dir))
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:

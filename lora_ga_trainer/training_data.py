@@ -1,15 +1,34 @@
-"""What can be told of examples before TRL prepares them, where a mistake would end in an error that names no column."""
+"""Training sets: what can be told of them before TRL prepares them, and drawing the examples to estimate the gradient on."""
 
 from collections.abc import Sized
+from itertools import islice
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset, Value
 from trl import SFTConfig
 
 CONVERSATIONS = ("messages", "conversations")
 FORMS = 'a "prompt" and a "completion", "messages", or `dataset_text_field`'
+SHUFFLE_BUFFER = 1000
+"""Examples that a streaming dataset holds at once to draw the sample from."""
 TEXT = ("string", "large_string", "null")
 ROLES = {"training": "to train", "evaluation": "to evaluate"}
+
+
+def draw_examples(dataset: Any, wanted: int, seed: int, mine: slice) -> tuple[list[Any], int]:
+    """`wanted` random examples, or as many as there are: (those at `mine`, how many were drawn in all).
+
+    The same ones on every process. Of what can be indexed only those at `mine` are read.
+    """
+    if isinstance(dataset, IterableDataset):
+        drawn = list(dataset.shuffle(seed=seed, buffer_size=max(wanted, SHUFFLE_BUFFER)).take(wanted))
+        return drawn[mine], len(drawn)
+    if isinstance(dataset, torch.utils.data.IterableDataset):  # which cannot be shuffled
+        drawn = list(islice(dataset, wanted))
+        return drawn[mine], len(drawn)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
+    return [dataset[index] for index in order[mine]], len(order)
 
 
 def check_not_empty(dataset: Any, problem: str, role: str = "training") -> None:

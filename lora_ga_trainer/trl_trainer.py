@@ -10,8 +10,9 @@ from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from .arguments import check_lora_config, paper_lora_config, with_ga_options
+from .arguments import with_ga_options
 from .launches import check_offloading
+from .lora_config import check_lora_config, paper_lora_config
 from .trainer import LoRAGAMixin
 from .training_data import check_not_empty
 

@@ -8,7 +8,7 @@ from tiny import lora_config
 from trl import TrlParser
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig
-from lora_ga_trainer.arguments import check_lora_config, paper_lora_config
+from lora_ga_trainer.lora_config import check_lora_config, paper_lora_config
 
 DEFAULTS = {
     "ga_num_samples": 64,

@@ -1,0 +1,88 @@
+"""What a `Trainer` has to do otherwise to save and resume a LoRA-GA adapter; one half of `LoRAGAMixin`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .adapter_files import adapter_directory, adapter_state_dict
+from .completeness import check_can_resume, last_complete, mark_complete, remove_former
+from .model_card import add_lora_ga
+
+if TYPE_CHECKING:
+    Base = Trainer  # the mixin comes before one
+else:
+    Base = object
+
+
+class SavesAdapters(Base):
+    """Checkpoints are ordinary adapters, complete or absent, and resume to the bit."""
+
+    model: PeftModel
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or not one of this run.
+        """
+        if resume_from_checkpoint:
+            directory = (
+                last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]  # TrainingArguments has filled it in
+                if resume_from_checkpoint is True
+                else Path(resume_from_checkpoint)
+            )
+            check_can_resume(self.model, directory, self.model.lora_ga.launch)
+            resume_from_checkpoint = str(directory)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
+            # are in none of those; the adapter's files have all of it, in every backend.
+            name = self.model.lora_ga.adapter_name
+            self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history, and Trainer looks for no adapter
+        # in a folder of its own.
+        name = self.model.lora_ga.adapter_name
+        best = self.state.best_model_checkpoint
+        assert best is not None  # Trainer asks before it calls this
+        directory = adapter_directory(best, name)
+        self.model.load_adapter(directory, name, is_trainable=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
+
+        Every process has to call it.
+        """
+        self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            remove_former(directory)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # so that all processes see the same checkpoints
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last that every process writes. After it come `trainer_state.json` and the removal of older checkpoints.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_lora_ga(self.model, Path(self.args.output_dir, "README.md"))  # type: ignore[arg-type]  # as above
