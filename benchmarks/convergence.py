@@ -6,7 +6,7 @@
 
 With `evaluate: true` a run answers its recipe's benchmark afterwards, from `evaluation_file` or `offline`; for GSM-symbolic:
 
-    python benchmarks/symbolic_items.py symbolic.jsonl
+    python benchmarks/symbolic_items.py outputs/symbolic.jsonl
 
 A sweep is a YAML file: what all runs have in common, and grids. A grid is every combination of its lists; a run is a recipe
 with options, so any of them can be repeated as `accelerate launch recipes/RECIPE.py --OPTION VALUE …`. After the grids each
@@ -105,6 +105,8 @@ def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
     training.output_dir = "outputs/convergence"
     path = options.model.model_name_or_path = options.model.model_name_or_path or recipe.demo_model()
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if options.run.evaluate:
+        recipe.benchmark.check(options.evaluation)  # before minutes of training
     train, held_out = recipe.datasets(options, tokenizer)
     set_seed(training.seed)
     trainer = recipe.trainer(options, tokenizer, train, held_out)

@@ -22,6 +22,8 @@ def is_number_above_zero(value: Any) -> bool:
 class LoRAGAArguments:
     """The options of the LoRA-GA initialization (arXiv 2407.05000). `LoRAGASFTConfig` adds them to TRL's `SFTConfig`.
 
+    A dataclass of your own gets them the same way: `class MyArguments(LoRAGAArguments, TheTrainersArguments)`.
+
     Parameters:
         ga_num_samples (`int`, *optional*, defaults to `64`):
             How many training examples the gradient is averaged over.
@@ -113,6 +115,15 @@ class LoRAGAArguments:
         metadata={"help": "Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`."},
     )
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if TrainingArguments in bases and bases.index(TrainingArguments) < bases.index(LoRAGAArguments):
+            raise ValueError(
+                f"In the bases of {cls.__name__} `LoRAGAArguments` comes after the trainer's configuration, so that nothing "
+                f"checks its options. Write `class {cls.__name__}(LoRAGAArguments, ...)`."
+            )
+
     def __post_init__(self):
         self._check_integer("ga_num_samples", minimum=1, remedy="64 is the default, 16 a quick start")
         self._check_integer(
@@ -143,6 +154,8 @@ class LoRAGAArguments:
             raise ValueError(
                 f"`ga_gamma` is {self.ga_gamma!r}, but must be a finite number above 0. 16.0 is the default."
             )
+        if isinstance(self, TrainingArguments):
+            super().__post_init__()  # type: ignore[misc]  # that of the configuration beside it in the bases
 
     def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -165,10 +178,6 @@ class LoRAGASFTConfig(LoRAGAArguments, SFTConfig):
         ValueError: a `ga_*` value is out of its range, or whatever `SFTConfig` raises.
     """
 
-    def __post_init__(self):
-        LoRAGAArguments.__post_init__(self)
-        SFTConfig.__post_init__(self)
-
 
 @dataclass
 class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
@@ -177,10 +186,6 @@ class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
     Raises:
         ValueError: a `ga_*` value is out of its range, or whatever `Seq2SeqTrainingArguments` raises.
     """
-
-    def __post_init__(self):
-        LoRAGAArguments.__post_init__(self)
-        Seq2SeqTrainingArguments.__post_init__(self)
 
 
 @dataclass
@@ -191,10 +196,6 @@ class LoRAGARewardConfig(LoRAGAArguments, RewardConfig):
         ValueError: a `ga_*` value is out of its range, or whatever `RewardConfig` raises.
     """
 
-    def __post_init__(self):
-        LoRAGAArguments.__post_init__(self)
-        RewardConfig.__post_init__(self)
-
 
 @dataclass
 class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
@@ -204,10 +205,6 @@ class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
         ValueError: a `ga_*` value is out of its range, or whatever `DPOConfig` raises.
     """
 
-    def __post_init__(self):
-        LoRAGAArguments.__post_init__(self)
-        DPOConfig.__post_init__(self)
-
 
 @dataclass
 class LoRAGATrainingArguments(LoRAGAArguments, TrainingArguments):
@@ -216,10 +213,6 @@ class LoRAGATrainingArguments(LoRAGAArguments, TrainingArguments):
     Raises:
         ValueError: a `ga_*` value is out of its range, or whatever `TrainingArguments` raises.
     """
-
-    def __post_init__(self):
-        LoRAGAArguments.__post_init__(self)
-        TrainingArguments.__post_init__(self)
 
 
 Config = TypeVar("Config", bound=TrainingArguments)

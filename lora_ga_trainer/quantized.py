@@ -13,10 +13,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .arguments import LoRAGAArguments
+from .backends import is_sharded
 
 UNQUANTIZED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZABLE = ("Linear4bit", "Linear8bitLt", "HqqLoraLinear", "TorchaoLoraLinear")
@@ -28,7 +28,8 @@ def is_quantized(base: nn.Module) -> bool:
     if not isinstance(base, (nn.Linear, Conv1D)):
         return True
     # Quantized weights may call themselves floating-point, and be of a class of their own.
-    return base.weight.dtype not in UNQUANTIZED or type(base.weight) not in (nn.Parameter, DTensor)
+    is_plain = type(base.weight) is nn.Parameter or is_sharded(base.weight)
+    return base.weight.dtype not in UNQUANTIZED or not is_plain
 
 
 # --- the backward ---------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class LoRAGAMixin(SavesAdapters):
             kind = type(self.args).__name__
             raise ValueError(
                 f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
-                f"your own that derives from `LoRAGAArguments` and `{kind}`."
+                f"your own: `class MyArguments(LoRAGAArguments, {kind})`."
             )
         check_not_empty(self.train_dataset, self.EMPTY)
         self.attach_lora_ga()

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Trainer
 from trl import TrlParser
 
 from lora_ga_trainer.backends import gather_objects, rank
+from lora_ga_trainer.cli.parsing import resume_choice
 from lora_ga_trainer.evaluation.loading import model_settings
 from lora_ga_trainer.evaluation.results import evaluation_settings, open_evaluation
 
@@ -61,8 +62,7 @@ def finetune(recipe: Recipe, options: Options) -> Trainer:
     trainer = recipe.trainer(options, tokenizer, train, held_out)
     check_saves_whole(trainer)
 
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)  # the command line has only text
+    trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
@@ -116,6 +116,8 @@ def run(recipe: Recipe) -> None:
     options = parse(recipe, sys.argv[1:])
     if options.training.world_size == 1 and options.training.device.type == "cpu":
         torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
+    if "--config" not in sys.argv:
+        PartialState().print(f"What is not on the command line comes from {CONFIGS / recipe.name}_demo.yaml.")
     trainer = finetune(recipe, options)
     trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.accelerator.end_training()

@@ -1,10 +1,11 @@
 """The `ga_*` options from Python, YAML and the command line, and what a `LoraConfig` may not ask for."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 from peft import LoraConfig
 from tiny import lora_config
+from transformers import SchedulerType, TrainingArguments
 from trl import TrlParser
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig
@@ -117,3 +118,23 @@ def test_ordinary_lora_configs_pass(config):
 def test_the_papers_adapter():
     config = paper_lora_config()
     assert (config.r, config.lora_alpha, config.use_rslora, config.target_modules) == (8, 16, True, "all-linear")
+
+
+def test_a_configuration_of_ones_own(tmp_path):
+    @dataclass
+    class MyArguments(LoRAGAArguments, TrainingArguments):
+        margin: float = 0.1
+
+    found = MyArguments(output_dir=str(tmp_path), lr_scheduler_type="cosine", ga_num_samples=3, margin=0.5)
+    assert (found.margin, found.ga_num_samples, found.output_dir) == (0.5, 3, str(tmp_path))
+    assert isinstance(found.lr_scheduler_type, SchedulerType), "the checks of `TrainingArguments` have run as well"
+    with pytest.raises(ValueError, match="`ga_num_samples` is -3"):
+        MyArguments(output_dir=str(tmp_path), ga_num_samples=-3)
+
+
+def test_the_options_come_first_in_the_bases():
+    with pytest.raises(ValueError, match=r"Write `class Late\(LoRAGAArguments, ...\)`"):
+
+        @dataclass
+        class Late(TrainingArguments, LoRAGAArguments):
+            pass

@@ -18,8 +18,8 @@ from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
 import lora_ga_trainer
 from lora_ga_trainer.arguments import LoRAGAArguments, LoRAGASFTConfig
 from lora_ga_trainer.cli.__main__ import COMMANDS, main
-from lora_ga_trainer.cli.parsing import options_parser
-from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments, resume_choice
+from lora_ga_trainer.cli.parsing import options_parser, resume_choice
+from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 

@@ -155,7 +155,7 @@ def check_command(words: list[str], folder: Path) -> None:
             assert targets and all(
                 re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in targets
             )
-        case ["pip", "install", "--no-deps", *packages]:
+        case ["pip", "install", "--no-deps", "--constraint", "constraints.txt", *packages]:
             pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
             assert packages and pinned.issuperset(packages)
         case ["pip", "install", what]:
@@ -238,7 +238,7 @@ def test_commands(page, tmp_path, monkeypatch):
     [
         "make everything",
         "pip install .[everything]",
-        "pip install --no-deps no-such-package",
+        "pip install --no-deps --constraint constraints.txt no-such-package",
         "python recipes/metamath.py --no_such_option 1",
         "python recipes/metamath.py --config recipes/configs/none.yaml",
         "accelerate launch --config_file accelerate_configs/none.yaml recipes/glue.py",

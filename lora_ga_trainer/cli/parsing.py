@@ -63,3 +63,9 @@ def config_keys(path: str) -> list[str]:
     if not isinstance(config, dict):
         raise ValueError(f"`config` is {path!r}, which holds no options. Write one `option: value` a line.")
     return list(config)
+
+
+def resume_choice(option: str | bool | None) -> str | bool | None:
+    """What the trainer takes: True, a folder, or None. The command line has only text."""
+    words = {"true": True, "false": None, "none": None}
+    return words.get(str(option).lower(), option)

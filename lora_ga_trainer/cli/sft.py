@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, ScriptArguments
 
-from .parsing import errors_as_messages, options_parser, parse_options
+from .parsing import errors_as_messages, options_parser, parse_options, resume_choice
 
 if TYPE_CHECKING:
     from ..arguments import LoRAGASFTConfig
@@ -22,7 +22,7 @@ usage: {prog} --model_name_or_path MODEL (--dataset_name NAME | --dataset_path F
 
 Fine-tune a decoder-only model with LoRA, started from the gradient. The data may be prompts and
 completions, conversations or text. Options come from the YAML file and, over it, from the command
-line. The ones most used:
+line. The ones most used, some with a value that they may have:
 
   model      --model_name_or_path  --dtype bfloat16  --attn_implementation  --load_in_4bit
   data       --dataset_name  --dataset_config  --dataset_train_split  --dataset_test_split
@@ -150,12 +150,6 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
     )
     trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.end()
-
-
-def resume_choice(option: str | bool | None) -> str | bool | None:
-    """What the trainer takes: True, a folder, or None. The command line has only text."""
-    words = {"true": True, "false": None, "none": None}
-    return words.get(str(option).lower(), option)
 
 
 def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tuple[Any, Any]:
