@@ -17,10 +17,12 @@ again.
 import gc
 import importlib
 import itertools
+import json
 import math
 import sys
 import tempfile
 import time
+import zlib
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,11 @@ def best_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     return extra
 
 
+def share_of(settings: dict[str, Any], shares: int) -> int:
+    """Which of the shares 1 to `shares` makes this run, whatever other runs a process knows of."""
+    return zlib.crc32(json.dumps(settings, sort_keys=True).encode()) % shares + 1
+
+
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Train once; the held-out loss on the way, and what the initialization took."""
     recipe = importlib.import_module(settings["recipe"]).RECIPE
@@ -111,7 +118,7 @@ def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
     set_seed(training.seed)
     trainer = recipe.trainer(options, tokenizer, train, held_out)
     stopwatch = Stopwatch()
-    trainer.add_callback(stopwatch)
+    trainer.callback_handler.callbacks.insert(0, stopwatch)  # before the one that restarts, whose time counts
     started = time.perf_counter()
     trainer.train()
     log = trainer.state.log_history
@@ -145,7 +152,7 @@ def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="a YAML file; those at hand are in benchmarks/sweeps")
     parser.add_argument(
-        "--share", default="1/1", help="i/n: make the i-th of every n runs, so that n processes make all"
+        "--share", default="1/1", help="i/n: make the i-th of n shares of the runs, so that n processes make all"
     )
     args = parser.parse_args()
     share, shares = map(int, args.share.split("/"))
@@ -153,7 +160,7 @@ def main():
     for stage in (grid_runs, best_runs):
         wanted = stage(sweep)
         for number, settings in enumerate(wanted):
-            if number % shares == share - 1 and RUNS.find(settings) is None:
+            if share_of(settings, shares) == share and RUNS.find(settings) is None:
                 print(f"{number + 1}/{len(wanted)}: {settings}", flush=True)
                 found = RUNS.measure(settings, lambda settings=settings: run(settings))
                 print(f"-> {final_loss(found):.4f} in {found['wall_seconds']} s", flush=True)

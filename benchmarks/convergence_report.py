@@ -85,6 +85,8 @@ def solved(arm: Arm) -> str:
     """How many of the benchmark's items each run got right, by learning rate, with one standard error."""
     found = []
     for run in sorted(arm.runs, key=lambda run: run["settings"]["learning_rate"]):
+        if "score" not in run:
+            continue
         share, items = run["score"], run["items"]
         error = (share * (1 - share) / items) ** 0.5
         found.append(f"{100 * share:.0f} ± {100 * error:.0f} % ({run['settings']['learning_rate']:g})")

@@ -99,6 +99,12 @@ def is_zero3(parameter: Tensor) -> bool:
     return is_zero_param(parameter)
 
 
+def keep_from_ddp(model: nn.Module, buffers: list[str]) -> None:
+    """Have DDP, which sends all buffers from the first process before every forward, leave out `buffers`: they are the same
+    on all processes, and as large as an adapter."""
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds only a part of `parameter`."""
     return is_zero3(parameter) or isinstance(parameter, DTensor)

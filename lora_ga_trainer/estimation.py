@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .accumulator import ExactGradient, GradientSketch
@@ -52,8 +53,12 @@ def _batch_problem(model: PeftModel, batch: dict[str, Tensor], needs_labels: boo
             f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
             "Add `labels`, −100 where a token must not count."
         )
-    if "input_ids" in batch:
-        largest, known = int(batch["input_ids"].max()), full_shape(model.get_input_embeddings().weight)[0]
+    if "input_ids" in batch and isinstance(model.get_base_model(), PreTrainedModel):
+        try:
+            embeddings = model.get_input_embeddings()
+        except NotImplementedError:  # by transformers, where a model has several or none, as CLIP
+            return None
+        largest, known = int(batch["input_ids"].max()), full_shape(embeddings.weight)[0]
         if largest >= known:
             return (
                 f"A batch for LoRA-GA holds the token {largest}, but the model has only {known} embeddings. Use the tokenizer "
@@ -92,12 +97,14 @@ def items_in(model: PeftModel, batch: dict[str, Tensor]) -> int:
 
 def count_examples(batch: dict[str, Tensor]) -> int:
     """Rows of a batch, or what padding-free collators put into its single row one behind the other."""
-    rows = len(next(iter(batch.values())))
+    rows = find_batch_size(batch)
     return int(batch["position_ids"].eq(0).sum()) if rows == 1 and "position_ids" in batch else rows
 
 
 def counted_labels(model: PeftModel, labels: Tensor) -> Tensor:
     """The labels that some prediction is compared with: a model of the next token predicts no first one."""
+    if not isinstance(model.get_base_model(), PreTrainedModel):
+        return labels
     # transformers takes the loss of a causal language model for every model that it does not know
     loss = LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)
     is_shifted = loss is ForCausalLMLoss and not model.config.is_encoder_decoder and labels.dim() > 1

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from .arguments import LoRAGAArguments
-from .backends import batch_device, forget_optimizer_state, is_sharded, rank
+from .backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
@@ -99,6 +99,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     check_scale(layers, config)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name, config.ga_offset)
+    keep_from_ddp(peft_model, [f"{name}.history" for name in offset_halves(peft_model, adapter_name)])
     make_portable(peft_model, state)
     return adapter_name
 

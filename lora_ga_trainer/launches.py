@@ -80,6 +80,28 @@ def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
         )
 
 
+def check_fsdp2(accelerator: Accelerator, torch_compile: bool) -> None:
+    """Refuse what accelerate 1.15 puts around an FSDP2 model, so that its layers have other names, or it is no `PeftModel`.
+
+    PEFT finds an adapter by its layers' names, and would save an empty one without a word.
+
+    Raises:
+        ValueError: FSDP's own activation checkpointing, or `torch_compile`.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    if accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "`fsdp_activation_checkpointing: true` renames the layers, so that PEFT would save an empty adapter. Use "
+            "`gradient_checkpointing=True` of the training arguments instead."
+        )
+    if torch_compile:
+        raise ValueError(
+            "`torch_compile=True` does not work with LoRA-GA under FSDP2, where accelerate compiles the model before training "
+            "begins. Leave it out, or launch with DDP or DeepSpeed."
+        )
+
+
 def check_offloading(option: str) -> None:
     """Refuse `option`, which moves activations from the accelerator to the host, where torch finds no accelerator.
 

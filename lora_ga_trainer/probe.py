@@ -24,9 +24,10 @@ from transformers import PreTrainedConfig
 from .backends import may_freeze_while_probing
 from .quantized import checked_backward
 
-NOISE_ATTRIBUTES = ("drop", "jitter", "neftune")
+NOISE_ATTRIBUTES = ("drop", "jitter", "neftune", "mask_time_prob", "mask_feature_prob")
 """Numeric attributes of transformers' modules and configurations with these in their names add noise while training:
-`attention_dropout`, `layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …"""
+`attention_dropout`, `layerdrop`, `resid_pdrop`, `router_jitter_noise`, `neftune_noise_alpha`, …
+The last two are SpecAugment's."""
 
 
 class _Tap(torch.autograd.Function):
@@ -156,7 +157,10 @@ def _makes_noise(owner: nn.Module | PreTrainedConfig, attribute: str) -> bool:
 
 @contextmanager
 def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
-    """While inside, the model is in training mode (gradient checkpointing works in no other) but drops nothing out."""
+    """While inside, the model is in training mode (gradient checkpointing works in no other) but drops nothing out.
+
+    Batch normalization stays as in evaluation: it would write its running statistics, and mix the examples of a batch.
+    """
     modes = {module: module.training for module in model.modules()}
     # a few, such as Falcon, ask their configuration for the rate in every forward
     configs = {id(v): v for module in modes for v in vars(module).values() if isinstance(v, PreTrainedConfig)}
@@ -169,6 +173,9 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
     ]
     try:
         model.train()
+        for module in modes:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for owner, name, value in noise:
             setattr(owner, name, type(value)(0))  # configurations check the type
         yield

@@ -18,13 +18,17 @@ def restart_is_due(config: LoRAGAArguments, steps_done: int, restarts_done: int)
 
 
 def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
-    """The factor of the learning rate at `step`: that of `schedule`, climbing back to it linearly after each restart."""
+    """The factor of the learning rate at `step`: that of `schedule`, climbing back to it linearly after each restart.
+
+    It is back before the next restart, also if `ga_restart_warmup_steps` is longer. `step` counts the schedule's steps: with
+    fp16, whose first steps may be skipped for their overflow, the climb comes as many steps late.
+    """
     every = config.ga_restart_steps
     assert every is not None  # else nothing is put around the schedule
-    since_restart = step % every
-    if step < every or since_restart >= config.ga_restart_warmup_steps:
+    since_restart, warmup = step % every, min(config.ga_restart_warmup_steps, every - 1)
+    if step < every or since_restart >= warmup:
         return schedule(step)
-    return schedule(step) * (since_restart + 1) / (config.ga_restart_warmup_steps + 1)
+    return schedule(step) * (since_restart + 1) / (warmup + 1)
 
 
 def check_schedule(config: LoRAGAArguments, scheduler: LRScheduler | None, launch_has_one: bool) -> None:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import LoRAGAArguments, LoRAGATrainingArguments
@@ -31,7 +31,7 @@ from .checkpoint.saving import SavesAdapters
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
-from .launches import check_checkpointing, check_offloading, check_restart, launch_has_schedule, launch_of
+from .launches import check_checkpointing, check_fsdp2, check_offloading, check_restart, launch_has_schedule, launch_of
 from .probe import preserved_rng
 from .report import InitReport
 from .restarts import check_schedule, restart_is_due, rewarm
@@ -108,6 +108,11 @@ class LoRAGAMixin(SavesAdapters):
                 f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
                 f"your own: `class MyArguments(LoRAGAArguments, {kind})`."
             )
+        if self.model_init is not None:
+            raise ValueError(
+                "`model_init` would make another model when training begins, without the adapter that is attached now. Pass "
+                "`model`; for a search over hyperparameters make a trainer for each trial."
+            )
         check_not_empty(self.train_dataset, self.EMPTY)
         self.attach_lora_ga()
 
@@ -124,6 +129,7 @@ class LoRAGAMixin(SavesAdapters):
         # a string has been parsed
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
+        check_fsdp2(self.accelerator, self.args.torch_compile)
         if how.get("offload"):
             check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
         adapter_name = attach_lora_ga(self.model, self.args)
@@ -136,7 +142,8 @@ class LoRAGAMixin(SavesAdapters):
                 [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in restarted],
             )
         self.model.lora_ga.launch = launch
-        self.model.add_model_tags(TAG)
+        if isinstance(self.model.get_base_model(), PreTrainedModel):
+            self.model.add_model_tags(TAG)
         # Trainer sets it with each step, and the initialization comes before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.add_callback(LoRAGACallback(self))
@@ -185,7 +192,8 @@ class LoRAGAMixin(SavesAdapters):
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
         # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch, so
         # that a run that fits into memory is not stopped by its initialization.
-        size = self.args.ga_batch_size or max(1, self._train_batch_size // 2)
+        # The estimation runs on one device, also where `nn.DataParallel` trains on several.
+        size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:

@@ -119,6 +119,7 @@ def adapter_config(model_args: MethodConfig, task_type: str) -> PeftConfig | Non
         target_modules=model_args.lora_target_modules,
         modules_to_save=model_args.lora_modules_to_save,
         task_type=task_type,
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
     )
 
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from backend_worker import INPUTS, STEPS, Run, execute, factor_error
 from communication import Model, exact_bytes, sketch_bytes
 from launching import (
@@ -27,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import FROZEN_FILE
-from lora_ga_trainer.launches import Launch
+from lora_ga_trainer.launches import Launch, check_fsdp2
 
 BACKENDS = {
     "ddp": (Launch("DDP", 2), "DistributedDataParallel"),
@@ -324,10 +326,22 @@ def test_mixture_of_experts(tmp_path):
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
 
 
-def test_reentrant_checkpointing_under_fsdp2_is_refused(base_model, tmp_path):
-    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    found = launch("fsdp2", [Run("reentrant", base_model, reentrant, error=True)], tmp_path)
+def test_what_fsdp2_cannot_do_is_refused(base_model, tmp_path):
+    options = {
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "compiled": {"torch_compile": True},
+    }
+    runs = [Run(name, base_model, of_run, error=True) for name, of_run in options.items()]
+    found = launch("fsdp2", runs, tmp_path)
     assert "'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2" in found["reentrant"]["error"]
+    assert "`torch_compile=True` does not work with LoRA-GA under FSDP2" in found["compiled"]["error"]
+
+
+def test_fsdps_own_checkpointing_is_refused():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match="`fsdp_activation_checkpointing: true` renames the layers"):
+        check_fsdp2(accelerator, torch_compile=False)
 
 
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import lora_config, peft_pair, tiny_batches
+from tiny import lora_config, peft_pair, tiny_batches, tiny_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import portable_config
@@ -170,6 +171,31 @@ def test_an_adapter_of_another_name_beside_a_plain_one(config, tmp_path):
     loaded.load_adapter(tmp_path / "plain", "plain")
     model.save_pretrained(tmp_path / "other", selected_adapters=["plain"])
     assert not (tmp_path / "other/lora_ga.json").exists()
+
+
+def test_an_adapter_that_peft_finds_no_more_is_not_saved_as_an_empty_one(tmp_path):
+    """As under FSDP2 with its own activation checkpointing: the wrapper is in the names of modules, not of parameters."""
+    model, _ = trained()
+    layers = model.get_base_model().model.layers
+    layers[0], layers[1] = map(checkpoint_wrapper, layers)
+    with pytest.raises(ValueError, match="PEFT finds no matrix of the adapter 'default' under the names"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whether_embeddings_are_saved_is_decided_once(tmp_path):
+    """PEFT compares the vocabulary with that of the base on the hub, or in its folder, at every save, if it is there."""
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    model = get_peft_model(base, lora_config())
+    initialize_lora_ga(model, tiny_batches(), CONFIG, disable_tqdm=True)
+    model.save_pretrained(tmp_path / "first")
+    (tmp_path / "base").rename(tmp_path / "away")
+    model.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys() and any("embed_tokens" in name for name in first)
 
 
 def test_saving_before_the_initialization_is_refused(tmp_path):

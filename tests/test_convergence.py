@@ -75,6 +75,13 @@ def test_a_grid_is_every_combination_of_its_lists():
     assert len(runs) == 5 and runs[-1] == {"r": 8, "method": "pissa"}
 
 
+def test_every_run_is_in_one_share():
+    sweep = {"common": {"r": 8}, "grids": [{"seed": list(range(40))}]}
+    shares = [convergence.share_of(settings, 3) for settings in convergence.grid_runs(sweep)]
+    assert set(shares) == {1, 2, 3} and min(shares.count(share) for share in (1, 2, 3)) > 5
+    assert convergence.share_of({"b": 1, "a": 2}, 3) == convergence.share_of({"a": 2, "b": 1}, 3)
+
+
 def test_only_finished_arms_get_more_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "RUNS", Results("convergence", tmp_path))
     sweep = {
@@ -121,7 +128,9 @@ def test_answers_stand_in_the_table_where_there_are_some():
     header, _, row = convergence_report.table([Arm("lora", [high, low])]).splitlines()
     assert header.endswith("| solved (lr) |")
     assert row.endswith("| 50 ± 5 % (0.001); 10 ± 3 % (0.01) |"), "√(p·(1 − p)/n)"
-    assert "solved" not in convergence_report.table([Arm("lora", [finished(1e-3, 3, 2)])])
+    unanswered = Arm("lora", [finished(1e-3, 3, 2)])
+    assert "solved" not in convergence_report.table([unanswered])
+    assert convergence_report.table([unanswered, Arm("full", [high])]).splitlines()[2].endswith("|  |")
 
 
 def test_a_sweep_from_its_command_to_its_table_and_plot(tmp_path, monkeypatch, capsys):

@@ -133,6 +133,35 @@ def test_a_half_precision_base_keeps_its_dtype(tmp_path):
     assert (logits(merged) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_weights_that_nobody_loads_are_left_out(trained, tmp_path):
+    """Some repositories hold the weights a second time, as `consolidated.safetensors`; unmerged they would be another model."""
+    base, checkpoint = trained
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copy(next((tmp_path / "base").glob("*.safetensors")), tmp_path / "base/consolidated.safetensors")
+    export(checkpoint, tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    export(checkpoint, tmp_path / "plainly", merge=True, base_model=base)
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("merged", "plainly")]
+    assert names[0] == names[1]
+
+
+def test_the_base_is_that_of_the_adapters_revision(trained, tmp_path, monkeypatch):
+    base, checkpoint = trained
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr("lora_ga_trainer.checkpoint.exporting.snapshot_download", snapshot_download)
+    shutil.copytree(checkpoint, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "somebody/model", "revision": "v2"}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    export(tmp_path / "adapter", tmp_path / "own", merge=True)
+    export(tmp_path / "adapter", tmp_path / "other", merge=True, base_model="another/model")
+    assert asked == [("somebody/model", "v2"), ("another/model", None)]
+
+
 def test_one_file_at_a_time_is_read(trained, tmp_path, monkeypatch):
     """The tensors in memory at once are those of one of the base's files."""
     adapted("llama", tmp_path)

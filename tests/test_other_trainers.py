@@ -20,7 +20,7 @@ from other_trainers import (
     make_trainer,
     rows_of,
 )
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CONFIGS, lora_config, tiny_model, tiny_t5, word_tokenizer
 from transformers import (
     BertConfig,
@@ -409,6 +409,59 @@ def test_what_the_mixin_refuses(args, model, rows, message, tmp_path):
         ClassifierTrainer(
             base, args(str(tmp_path), use_cpu=True), train_dataset=rows_of("classifier").select(range(rows))
         )
+
+
+def test_a_model_that_is_made_later_is_refused(tmp_path):
+    class MakesItsModel(LoRAGAMixin, Trainer):
+        pass
+
+    def model_init():
+        return get_peft_model(base_of("classifier"), adapter_of("classifier"))
+
+    with pytest.raises(ValueError, match="`model_init` would make another model when training begins"):
+        MakesItsModel(
+            args=LoRAGATrainingArguments(str(tmp_path), use_cpu=True),
+            train_dataset=rows_of("classifier"),
+            model_init=model_init,
+        )
+
+
+def test_a_module_that_is_no_model_of_transformers(tmp_path):
+    """Labels of any shape, no tags, no embedding."""
+
+    class Regression(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 12), torch.nn.Linear(12, 5)
+
+        def forward(self, x, labels):
+            predicted = self.second(self.first(x).tanh())
+            return {"loss": (predicted - labels).square().mean(), "logits": predicted}
+
+    class RegressionTrainer(LoRAGAMixin, Trainer):
+        pass
+
+    torch.manual_seed(0)
+    model = get_peft_model(Regression(), LoraConfig(r=2, target_modules=["first", "second"]))
+    rows = [{"x": x, "labels": x[:5].sin()} for x in torch.randn(16, 6)]
+    args = LoRAGATrainingArguments(str(tmp_path), use_cpu=True, max_steps=4, learning_rate=1e-2, report_to="none")
+    trainer = RegressionTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    assert len(trainer.lora_ga_report.alignment) == 2
+    trainer.save_model()
+    torch.manual_seed(0)
+    stock = PeftModel.from_pretrained(Regression(), tmp_path)
+    x = torch.randn(3, 6)
+    # float32, the same products up to the scaling's last place
+    torch.testing.assert_close(stock(x, x[:, :5])["logits"], model(x, x[:, :5])["logits"], rtol=0, atol=1e-6)
+
+
+def test_half_of_what_one_device_takes(make, monkeypatch):
+    """Under `nn.DataParallel` a batch is for all devices, and the estimation runs on one."""
+    monkeypatch.setattr(LoRAGATrainingArguments, "n_gpu", 4)
+    trainer = make("classifier", per_device_train_batch_size=4, ga_batch_size=None)
+    assert trainer._train_batch_size == 16
+    assert {len(batch["labels"]) for batch in trainer.sample_batches(0)} == {2}
 
 
 def test_the_wrong_order_of_bases_is_refused():

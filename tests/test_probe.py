@@ -6,6 +6,7 @@ import dense_reference
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import peft_pair, tiny_batches
 from torch import nn
 
@@ -122,6 +123,26 @@ def test_noise_that_a_configuration_turns_on_is_found_and_restored():
         assert type(config.resid_pdrop) is float and type(config.router_jitter_noise) is int
         assert config.layer_norm_epsilon == before["layer_norm_epsilon"]
     assert config.to_dict() == before and config.resid_pdrop == 0.1
+
+
+def test_running_statistics_are_neither_written_nor_replaced():
+    """A batch's own statistics would also make the gradient depend on how the examples are batched."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
+    base[1].running_mean.normal_()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "2"])).eval()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    inputs = torch.randn(8, 8)
+
+    def loss(model, batch, num_items):
+        return model(batch["x"]).square().sum() / num_items
+
+    found = [
+        estimated_gradients(model, [{"x": part} for part in inputs.split(size)], compute_loss=loss) for size in (8, 2)
+    ]
+    assert largest_relative_error(found[1], found[0]) < 1e-5  # float32 sums in another order
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert not base[1].training
 
 
 def snapshot(model):

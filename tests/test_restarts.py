@@ -7,15 +7,17 @@ from pathlib import Path
 import dense_reference
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from tiny import lora_config, peft_pair, tiny_batches, tiny_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.estimation import language_model_loss
 from lora_ga_trainer.launches import Launch, check_restart
-from lora_ga_trainer.restarts import check_schedule, restart_is_due, rewarm
+from lora_ga_trainer.restarts import check_schedule, restart_is_due, rewarm, rewarmed
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
@@ -243,6 +245,46 @@ def test_the_best_checkpoint_may_have_fewer_restarts(
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), folder)
     torch.testing.assert_close(logits(stock), logits(trainer.model), rtol=0, atol=2e-6)  # as above
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_the_best_checkpoint_of_an_adapter_beside_another(
+    sft_config, tokenizer, prompt_completion, base_model, tmp_path
+):
+    """ "default", whose file lies where Trainer looks first, is a plain one."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), lora_config())
+    model.add_adapter("mine", lora_config())
+    model.set_adapter("mine")
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    trainer = LoRAGASFTTrainer(
+        model, sft_config(**options | best), train_dataset=prompt_completion,
+        eval_dataset=prompt_completion.select(range(4)), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)  # as above
+
+
+def test_the_learning_rate_is_back_before_the_next_restart():
+    config = LoRAGAArguments(ga_restart_steps=4, ga_restart_warmup_steps=10)
+    found = [rewarmed(step, lambda step: 1.0, config) for step in range(9)]
+    assert found == [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25]
+
+
+def test_ddp_leaves_out_what_restarts_have_frozen(one_process_group):
+    """It sends all other buffers before every forward; these are an adapter's size, and the same everywhere."""
+    model, _, batches, optimizer = trained()
+    restart_lora_ga(model, batches, EXACT, optimizer, disable_tqdm=True)
+    sent = DistributedDataParallel(model)
+    sent._assign_modules_buffers()  # which DDP does before it sends them
+    assert {name for name, _ in model.named_buffers() if name.endswith(".history")}
+    assert not any(name.endswith(".history") for name in sent.named_module_buffers)
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_a_second_call_of_train_restarts_as_the_first_did(run):

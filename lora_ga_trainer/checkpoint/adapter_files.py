@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
-from ..delta import offset_halves
+from ..delta import delta_layers, offset_halves
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
 from .state import LoRAGAState, check_same_run, write_state
@@ -68,13 +68,23 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
     """The parameters and buffers that make up an adapter, sharded as they are, under PEFT's names for its file.
 
     `modules_to_save`, trained biases and new tokens are among them; each matrix in delta form counts as its two halves.
+
+    Raises:
+        ValueError: there is no matrix of the adapter.
     """
-    return get_peft_model_state_dict(
+    found = get_peft_model_state_dict(
         peft_model,
         peft_model.state_dict(keep_vars=True),
         adapter_name=adapter_name,
         save_embedding_layers=peft_model.lora_ga.has_embeddings,
     )
+    if delta_layers(peft_model, adapter_name) and not any(".lora_A." in name for name in found):
+        raise ValueError(
+            f"PEFT finds no matrix of the adapter {adapter_name!r} under the names of the model's layers: something has "
+            "wrapped them and renamed them since, such as torch's `checkpoint_wrapper`. Leave it out, and checkpoint "
+            "with `gradient_checkpointing=True`."
+        )
+    return found
 
 
 def adapter_state_dict(peft_model: PeftModel) -> dict[str, Tensor]:
@@ -153,7 +163,8 @@ def save_pretrained(
         peft_model.peft_config[state.adapter_name] = portable_config(
             lora_config, layout.times * (len(state.restarts) + 1)
         )
-        stock_save(state_dict=layout.join(native))
+        # what was decided when the adapter was attached: PEFT would ask the hub again at every save
+        stock_save(state_dict=layout.join(native), **{"save_embedding_layers": state.has_embeddings} | kwargs)
     finally:
         peft_model.peft_config[state.adapter_name] = lora_config
     if is_main_process:

@@ -61,7 +61,8 @@ def export(
             copy_matching(checkpoint_dir, pattern, directory)
         if merge:
             config = LoraConfig.from_pretrained(checkpoint_dir)
-            source = base_directory(base_model or config.base_model_name_or_path)
+            trained_on = config.base_model_name_or_path, config.revision
+            source = base_directory(*((base_model, None) if base_model else trained_on))
             write_merged(source, directory, adapter, config)
         else:
             for name in ADAPTER_FILES:
@@ -110,8 +111,8 @@ def copy_matching(source: Path, pattern: str, target: Path) -> None:
         shutil.copy(path, target / path.relative_to(source))
 
 
-def base_directory(base_model: str | Path | None) -> Path:
-    """The folder with the base model's files, from the hub if need be.
+def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
+    """The folder with the base model's files, from the hub, at its `revision`, if need be.
 
     Raises:
         ValueError: it is not known, not found, or not in safetensors.
@@ -121,7 +122,8 @@ def base_directory(base_model: str | Path | None) -> Path:
     directory = Path(base_model)
     if not directory.is_dir():
         try:
-            directory = Path(snapshot_download(str(base_model), allow_patterns=[*OF_BASE, *BESIDE_WEIGHTS]))
+            wanted = [*OF_BASE, *BESIDE_WEIGHTS]
+            directory = Path(snapshot_download(str(base_model), revision=revision, allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             raise ValueError(
                 f"The base model {base_model} is neither a folder nor to be had from the hub ({error}). Pass `base_model`."
@@ -150,8 +152,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     with torch.device("meta"):
         skeleton = model_class(model_config)(model_config)
     check_not_untied(adapter, skeleton)
-    shards = sorted(source.glob("*.safetensors"))
-    check_index(source, shards)
+    shards = shards_of(source)
     pieces = by_base_weight(adapter, base_names(shards))
     for pattern in OF_BASE:
         if pattern != "*.safetensors":
@@ -184,20 +185,28 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def check_index(source: Path, shards: list[Path]) -> None:
-    """Refuse an index of weights that points elsewhere than to the `shards` in `source`: those would stay unmerged.
+def shards_of(source: Path) -> list[Path]:
+    """The files that transformers loads the weights in `source` from: others would be copied unmerged.
+
+    Those that the index names; without one model.safetensors, or all there are.
 
     Raises:
-        ValueError: naming the first such file.
+        ValueError: the index names a file that is not there.
     """
-    for index in source.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        elsewhere = sorted(named - {shard.name for shard in shards})
-        if elsewhere:
-            raise ValueError(
-                f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
-                "again from where it came."
-            )
+    there = {path.name: path for path in sorted(source.glob("*.safetensors"))}
+    if "model.safetensors" in there:
+        return [there["model.safetensors"]]
+    index = source / "model.safetensors.index.json"
+    if not index.is_file():
+        return [*there.values()]
+    named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elsewhere = [name for name in named if name not in there]
+    if elsewhere:
+        raise ValueError(
+            f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
+            "again from where it came."
+        )
+    return [there[name] for name in named]
 
 
 def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:

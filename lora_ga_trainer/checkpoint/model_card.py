@@ -103,7 +103,9 @@ def how_to_load(peft_model: PeftModel, base: str) -> str:
     if model_class.__module__.startswith("transformers."):
         name = model_class.__name__
         lines.append(f"from transformers import {name}\n")
-        lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r})")
+        revision = peft_model.peft_config[peft_model.lora_ga.adapter_name].revision
+        at = f", revision={revision!r}" if revision else ""
+        lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r}{at})")
     else:
         lines.append(f"\nbase = ...  # a {model_class.__name__}, with the weights that the adapter was trained on")
     adapter_name = peft_model.lora_ga.adapter_name

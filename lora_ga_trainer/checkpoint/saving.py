@@ -48,9 +48,10 @@ class SavesAdapters(Base):
         return prepared
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history, and Trainer looks for no adapter
-        # in a folder of its own.
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history. Without them Trainer would look
+        # for the adapter where "default" is, also if that is another one.
         name = self.model.lora_ga.adapter_name
         best = self.state.best_model_checkpoint
         assert best is not None  # Trainer asks before it calls this

@@ -126,6 +126,10 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})  # type: ignore[operator]  # a string has been parsed
+    peft_config = get_peft_config(model_args)
+    assert peft_config is not None  # `use_peft` is on
+    if model_args.model_revision != "main":  # for whoever loads or merges the adapter
+        peft_config.revision = model_args.model_revision
     with training_args.main_process_first():  # it makes the copies that the others read
         train_dataset, eval_dataset = load_data(data_args, training_args)
     trainer = LoRAGASFTTrainer(
@@ -134,7 +138,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
     trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`

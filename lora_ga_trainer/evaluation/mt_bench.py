@@ -247,7 +247,7 @@ def on_main_process(work: Callable[[], Result]) -> Result:
     """What `work()` returns on the main process, on all of them. Every process calls it, however long the work takes.
 
     Raises:
-        ValueError: on all processes, if `work` raises it.
+        ValueError: on all processes, whatever `work` raises.
     """
     if world_size() == 1:
         return work()
@@ -257,6 +257,8 @@ def on_main_process(work: Callable[[], Result]) -> Result:
             return work(), None
         except ValueError as error:
             return None, str(error)
+        except Exception as error:  # else the others would wait for ever
+            return None, f"{type(error).__name__}: {error}"
 
     if rank() == 0:
         with ThreadPoolExecutor(1) as thread:
