@@ -309,12 +309,6 @@ def test_an_encoder_decoder_is_trained_as_in_one_process(launched, references, b
     is_the_uninterrupted_run(launched, "seq2seq")
 
 
-def test_an_encoder_decoder_with_one_embedding_is_refused_under_fsdp2(t5, tmp_path):
-    found = launch("fsdp2", [replace(seq2seq(t5), error=True)], tmp_path)
-    assert "shared, base_model.model.encoder.embed_tokens" in found["seq2seq"]["error"]
-    assert "which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed ZeRO" in found["seq2seq"]["error"]
-
-
 def test_mixture_of_experts(tmp_path):
     """The router's loss is a mean per batch and not per token, so it would show a loss multiplied by the number of processes, a
     batch counted twice, and the batch that a process repeats because the other has one more."""
@@ -326,15 +320,17 @@ def test_mixture_of_experts(tmp_path):
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
 
 
-def test_what_fsdp2_cannot_do_is_refused(base_model, tmp_path):
+def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):
     options = {
         "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         "compiled": {"torch_compile": True},
     }
     runs = [Run(name, base_model, of_run, error=True) for name, of_run in options.items()]
-    found = launch("fsdp2", runs, tmp_path)
+    found = launch("fsdp2", [*runs, replace(seq2seq(t5), error=True)], tmp_path)
     assert "'use_reentrant': True}` does not work with LoRA-GA's estimation under FSDP2" in found["reentrant"]["error"]
     assert "`torch_compile=True` does not work with LoRA-GA under FSDP2" in found["compiled"]["error"]
+    assert "shared, base_model.model.encoder.embed_tokens" in found["seq2seq"]["error"]
+    assert "which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed ZeRO" in found["seq2seq"]["error"]
 
 
 def test_fsdps_own_checkpointing_is_refused():

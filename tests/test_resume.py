@@ -11,7 +11,7 @@ import torch
 import transformers.trainer
 from backend_worker import DEATHS, Run, execute
 from huggingface_hub.utils import filter_repo_objects
-from launching import launch, launch_and_die
+from launching import launch, launch_and_die, results
 from peft import PeftModel
 from tiny import lora_config
 from transformers import AutoModelForCausalLM
@@ -93,8 +93,8 @@ def test_after_a_kill_of_one_of_two_processes(base_model, config, death, tmp_pat
     def run(name, **more):
         return Run(name, base_model, SAVING, {"r": 2}, **more)
 
-    whole = launch(config, [run("whole")], tmp_path)["whole"]
-    assert launch_and_die([run("run", dies=death)], tmp_path, config) != 0
+    assert launch_and_die([run("whole"), run("run", dies=death)], tmp_path, config) != 0
+    whole = results([run("whole")], tmp_path)["whole"]
     half, resumed = tmp_path / "run/checkpoint-4", [run("run", resume=True)]
     if death != "in training":
         assert half.exists()
