@@ -39,7 +39,7 @@ from lora_ga_trainer import (
     backends,
     factorization,
 )
-from lora_ga_trainer import trainer as trainer_module
+from lora_ga_trainer.checkpoint import saving as saving_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict, histories
 from lora_ga_trainer.delta import delta_layers
 
@@ -244,7 +244,7 @@ DEATHS = {
     "in the adapter file": lambda: die_while_writing(peft_model_module, "safe_save_file", lambda args: args[1]),
     "in the optimizer file": lambda: die_while_writing(torch, "save", lambda args: args[1]),
     "before the list of files": lambda: before(
-        trainer_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
+        saving_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
     ),
     "after the list of files": lambda: before(
         TrainerState, "save_to_json", lambda self, path: die() if "checkpoint-4" in path else None
