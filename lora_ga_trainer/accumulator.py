@@ -24,7 +24,7 @@ class ExactGradient:
 
     def __init__(self, out_features: int, in_features: int, device: torch.device):
         self.passes = 1
-        self.grad_OI = torch.zeros(out_features, in_features, device=device)
+        self.grad_OI = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """G += dyᵀ x."""
@@ -83,16 +83,17 @@ class GradientSketch:
         self._start_sums()
 
     def _gaussian(self, rows: int, columns: int, stream: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + stream)
-        return torch.randn(rows, columns, generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(self.seed + stream)
+        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+        return drawn.to(self.device)
 
     def _held_out_IH(self, in_features: int) -> Tensor:
         return self._gaussian(in_features, HELD_OUT_COLUMNS, stream=1)
 
     def _start_sums(self) -> None:
         (O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape
-        self.range_OK = torch.zeros(O, columns, device=self.device)
-        self.corange_KI = torch.zeros(K, I, device=self.device)
+        self.range_OK = torch.zeros(O, columns, dtype=torch.float32, device=self.device)
+        self.corange_KI = torch.zeros(K, I, dtype=torch.float32, device=self.device)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""

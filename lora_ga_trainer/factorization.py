@@ -48,10 +48,10 @@ def write_all_factors(
     for name, layer in layers.items():
         R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
         device = compute_device(layer.lora_A[adapter_name].trainable)
-        flat = torch.empty(R * I + O * R + 2 * R + 2, device=device)
+        flat = torch.empty(R * I + O * R + 2 * R + 2, dtype=torch.float32, device=device)
         if name in found:
             factors = found.pop(name)
-            numbers = torch.tensor([factors.alignment, factors.gradient_norm], device=device)
+            numbers = torch.tensor([factors.alignment, factors.gradient_norm], dtype=torch.float32, device=device)
             parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, numbers]
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
@@ -97,6 +97,6 @@ def factor_gradient(
     )
     if not config.ga_offset:
         scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
-    generator = torch.Generator().manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
+    generator = torch.Generator("cpu").manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
     direction = config.ga_direction
     return lora_ga_factors(accumulator.triplets(2 * R), R, direction, scales, generator)  # type: ignore[arg-type]  # as above

@@ -4,7 +4,7 @@ Shapes: O out features, I in features, R LoRA rank, K number of triplets (K >= 2
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -49,32 +49,35 @@ class UnitVectors(NamedTuple):
 
 
 def _first_then_second(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, torch.arange(rank), torch.arange(rank, 2 * rank))
+    return _picked(triplets, range(rank), range(rank, 2 * rank))
 
 
 def _second_then_first(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, torch.arange(rank, 2 * rank), torch.arange(rank))
+    return _picked(triplets, range(rank, 2 * rank), range(rank))
 
 
 def _alternating(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, torch.arange(1, 2 * rank, 2), torch.arange(0, 2 * rank, 2))
+    return _picked(triplets, range(1, 2 * rank, 2), range(0, 2 * rank, 2))
 
 
 def _random_disjoint(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
-    order = torch.randperm(2 * rank, generator=generator)
+    order = torch.randperm(2 * rank, generator=generator, device="cpu").tolist()
     return _picked(triplets, order[:rank], order[rank:])
 
 
 def _gaussian(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
     (O, _), (I, _), device = triplets.u_OK.shape, triplets.v_IK.shape, triplets.s_K.device
-    rows_RI = torch.randn(rank, I, generator=generator) / math.sqrt(I)
-    columns_OR = torch.randn(O, rank, generator=generator) / math.sqrt(O)
+    rows_RI = torch.randn(rank, I, generator=generator, dtype=torch.float32, device="cpu") / math.sqrt(I)
+    columns_OR = torch.randn(O, rank, generator=generator, dtype=torch.float32, device="cpu") / math.sqrt(O)
     return UnitVectors(rows_RI.to(device), columns_OR.to(device))
 
 
-def _picked(triplets: SingularTriplets, picks_A: Tensor, picks_B: Tensor) -> UnitVectors:
-    device = triplets.s_K.device
-    return UnitVectors(triplets.v_IK[:, picks_A.to(device)].T, triplets.u_OK[:, picks_B.to(device)])
+def _picked(triplets: SingularTriplets, picks_A: Sequence[int], picks_B: Sequence[int]) -> UnitVectors:
+    return UnitVectors(_columns(triplets.v_IK, picks_A).T, _columns(triplets.u_OK, picks_B))
+
+
+def _columns(matrix: Tensor, picks: Sequence[int]) -> Tensor:
+    return matrix[:, torch.tensor(picks, dtype=torch.long, device=matrix.device)]
 
 
 DIRECTIONS: dict[str, Callable[[SingularTriplets, int, torch.Generator], UnitVectors]] = {

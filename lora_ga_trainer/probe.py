@@ -70,7 +70,7 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
     Raises:
         ValueError: from the forward, where a layer returns something else than y = W x, such as Llama 4's router.
     """
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
 
     def tap(name: str, receive: Callable[[Tensor, Tensor], None]):
         def receive_2d(x: Tensor, dy: Tensor) -> None:
@@ -188,11 +188,12 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Whatever is drawn inside, the random states of Python, NumPy and torch (CPU and accelerator) come out unchanged."""
+    """Whatever is drawn inside, the random states of Python, NumPy and torch (CPU and all accelerators) come out unchanged."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type  # any: then there is no device of it
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
             yield
     finally:
         random.setstate(python_state)

@@ -27,7 +27,8 @@ def draw_examples(dataset: Any, wanted: int, seed: int, mine: slice) -> tuple[li
     if isinstance(dataset, torch.utils.data.IterableDataset):  # which cannot be shuffled
         drawn = list(islice(dataset, wanted))
         return drawn[mine], len(drawn)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator, device="cpu")[:wanted].tolist()
     return [dataset[index] for index in order[mine]], len(order)
 
 

@@ -14,6 +14,8 @@ from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.estimation import language_model_loss, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.probe import preserved_rng
+from lora_ga_trainer.training_data import draw_examples
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
@@ -201,3 +203,104 @@ def test_the_trainers_own_autocast(dtype, sft_config, prompt_completion, tokeniz
     assert trainer.lora_ga_report.alignment_min > 0
     halves = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
     assert len({p.dtype for p in halves}) == 1
+
+
+# --- torch's defaults -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def default():
+    """Sets torch's default dtype and device, which other code may have left behind, until the test ends."""
+
+    def set_default(dtype=torch.float32, device=None):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+
+    yield set_default
+    set_default()
+
+
+@pytest.mark.parametrize("defaults", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ga_estimator": "exact", "ga_direction": "random"},
+        {"ga_sketch_size": 8, "ga_direction": "ArBr"},
+        {"ga_sketch_size": 8, "ga_scale": "weight_svd"},
+        {"ga_direction": "gaussian", "ga_scale": "gaussian"},
+        {"ga_offset": False},
+    ],
+    ids=str,
+)
+def test_torchs_defaults_change_nothing(default, options, defaults, tmp_path):
+    """Every tensor says which dtype and device it has: the same factors to the bit, and the same files."""
+
+    def loss(model, batch, num_items):  # on the CPU, where the model is; transformers' own makes tensors by default
+        hidden = model.get_input_embeddings()(batch["input_ids"])
+        for block in model.get_base_model().model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            value = attention.v_proj(hidden).repeat(1, 1, 2)
+            hidden = hidden + attention.o_proj(value * attention.q_proj(hidden)) + attention.k_proj(hidden).mean()
+            hidden = hidden + mlp.down_proj(mlp.up_proj(hidden) * mlp.gate_proj(hidden))
+        return hidden.square().sum() / num_items
+
+    def run(folder, **defaults):
+        model, config = peft_pair()[0], LoRAGAArguments(**options)
+        default(**defaults)
+        report = initialize_lora_ga(model, tiny_batches_on_cpu, config, loss, disable_tqdm=True)
+        draws = draw_examples(list(range(20)), 5, 42, slice(0, None, 1))
+        model.save_pretrained(folder)
+        model.load_adapter(folder, "default", is_trainable=True)
+        default()
+        return report, draws, {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+
+    tiny_batches_on_cpu = tiny_batches()
+    (report, draws, expected), (other, other_draws, found) = run(tmp_path / "a"), run(tmp_path / "b", **defaults)
+    assert other.alignment == report.alignment and other.gradient_norm == report.gradient_norm and draws == other_draws
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_trainer_under_another_default_dtype(default, dtype, sft_config, prompt_completion, tokenizer):
+    reports = []
+    for wanted in (torch.float32, dtype):
+        model = tiny_model()
+        default(dtype=wanted)
+        trainer = LoRAGASFTTrainer(
+            model, sft_config(max_steps=1), train_dataset=prompt_completion, processing_class=tokenizer,
+            peft_config=lora_config(),
+        )  # fmt: skip
+        trainer.train()
+        default()
+        reports.append(trainer.lora_ga_report.alignment)
+    assert reports[0] == reports[1]
+
+
+# --- accelerators ---------------------------------------------------------------------------------------------------
+
+
+class Accelerators:
+    """Three devices with a random state each, as `torch.get_device_module` gives them."""
+
+    def __init__(self):
+        self.states = [torch.tensor([n], dtype=torch.uint8, device="cpu") for n in range(3)]
+
+    def device_count(self):
+        return len(self.states)
+
+    def get_rng_state(self, device):
+        return self.states[device]
+
+    def set_rng_state(self, state, device):
+        self.states[device] = state
+
+
+def test_the_random_states_of_all_accelerators_come_out_as_they_were(monkeypatch):
+    """Of any kind: torch knows which. Here a made-up one, since torch's CPU build has none."""
+    devices = Accelerators()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("xpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: devices)
+    with pytest.raises(RuntimeError, match="in between"), preserved_rng():
+        devices.states = [state + 7 for state in devices.states]
+        raise RuntimeError("in between")
+    assert [state.item() for state in devices.states] == [0, 1, 2]

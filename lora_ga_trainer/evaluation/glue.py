@@ -138,7 +138,7 @@ def score(task: Task, items: list[dict[str, Any]], log_probs: list[list[float]])
     """Accuracy of the likeliest label word."""
     predictions: list[dict[str, Any]] = []
     for item, values in zip(items, log_probs, strict=True):
-        probabilities = torch.tensor(values).softmax(-1).tolist()
+        probabilities = torch.tensor(values, dtype=torch.float32, device="cpu").softmax(-1).tolist()
         predicted = task.label_words[max(range(len(values)), key=values.__getitem__)]
         expected = label_word_of(task, item["label"])
         predictions.append(
