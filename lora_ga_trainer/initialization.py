@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .arguments import LoRAGAArguments
 from .backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
+from .checkpoint.in_memory import guard_helpers
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
@@ -31,7 +32,7 @@ from .estimation import (
     sketch_width,
 )
 from .factorization import write_all_factors
-from .lora_config import check_lora_config
+from .lora_config import check_lora_config, check_no_adapter, check_own_adapter, check_task
 from .memory import peak_memory
 from .probe import preserved_rng
 from .quantized import check_scale
@@ -52,10 +53,11 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
 
     Raises:
         ValueError: the model is no `PeftModel` with one active LoRA adapter, it has an initialized or another LoRA-GA
-            adapter or one attached with another `ga_offset`, or the adapter or the sketch size does not fit LoRA-GA; see
-            `check_lora_config` and `check_targets`.
+            adapter or one attached with another `ga_offset`, or the adapter or the sketch size does not fit LoRA-GA or the
+            model; see `check_lora_config`, `check_own_adapter`, `check_task` and `check_targets`.
     """
     if not isinstance(peft_model, PeftModel):
+        check_no_adapter(peft_model)
         raise ValueError(
             f"LoRA-GA initializes a `PeftModel`, got {type(peft_model).__name__}: wrap the model with "
             "`peft.get_peft_model(model, LoraConfig(...))` first."
@@ -68,7 +70,9 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
         )
     (adapter_name,) = adapter_names
     lora_config = peft_model.peft_config[adapter_name]
-    check_lora_config(lora_config)
+    check_lora_config(lora_config, adapter_name)
+    check_own_adapter(peft_model)
+    check_task(peft_model, adapter_name)
     if delta_layers(peft_model, adapter_name):
         if peft_model.lora_ga.report is not None:
             raise ValueError(
@@ -101,6 +105,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     attach_delta_form(layers, adapter_name, config.ga_offset)
     keep_from_ddp(peft_model, [f"{name}.history" for name in offset_halves(peft_model, adapter_name)])
     make_portable(peft_model, state)
+    guard_helpers(peft_model)
     return adapter_name
 
 

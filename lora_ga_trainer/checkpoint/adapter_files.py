@@ -13,6 +13,8 @@ Shapes: O out features, I in features, R the rank that trains.
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -52,6 +54,24 @@ def portable_config(lora_config: LoraConfig, times: int) -> LoraConfig:
     portable.rank_pattern = {name: times * rank for name, rank in portable.rank_pattern.items()}
     portable.alpha_pattern = {name: factor * alpha for name, alpha in portable.alpha_pattern.items()}
     return portable
+
+
+def rank_in_memory(state: LoRAGAState) -> int:
+    """The rank that the layers of the adapter present, and its file has, as a multiple of R."""
+    return LAYOUTS[state.options["ga_offset"]].times * (len(state.restarts) + 1)
+
+
+@contextmanager
+def config_as_in_file(peft_model: PeftModel) -> Iterator[LoraConfig]:
+    """While inside, the adapter's `LoraConfig` is that of its file, whose matrices are those that its layers present."""
+    state = peft_model.lora_ga
+    trained = peft_model.peft_config[state.adapter_name]
+    presented = portable_config(trained, rank_in_memory(state))
+    try:
+        peft_model.peft_config[state.adapter_name] = presented
+        yield presented
+    finally:
+        peft_model.peft_config[state.adapter_name] = trained
 
 
 def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
@@ -158,15 +178,9 @@ def save_pretrained(
     native = adapter_state_dict(peft_model) if state_dict is None else state_dict
     native = native | histories(peft_model)
     layout = layout_of(peft_model)
-    lora_config = peft_model.peft_config[state.adapter_name]
-    try:
-        peft_model.peft_config[state.adapter_name] = portable_config(
-            lora_config, layout.times * (len(state.restarts) + 1)
-        )
+    with config_as_in_file(peft_model):
         # what was decided when the adapter was attached: PEFT would ask the hub again at every save
         stock_save(state_dict=layout.join(native), **{"save_embedding_layers": state.has_embeddings} | kwargs)
-    finally:
-        peft_model.peft_config[state.adapter_name] = lora_config
     if is_main_process:
         directory = adapter_directory(save_directory, state.adapter_name)
         kept = layout.keep(without_adapter_name(native, state.adapter_name))
@@ -214,7 +228,7 @@ def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
     saved = check_same_run(peft_model.lora_ga, directory)
     adapter_name = peft_model.lora_ga.adapter_name
     native = {
-        name: torch.empty(full_shape(parameter), device="meta")
+        name: torch.empty(full_shape(parameter), dtype=torch.float32, device="meta")
         for name, parameter in adapter_parameters(peft_model, adapter_name).items()
     }
     layout = layout_of(peft_model)

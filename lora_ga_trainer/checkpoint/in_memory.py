@@ -1,0 +1,102 @@
+"""PEFT's helpers for adapters on the model in memory, where each matrix of a LoRA-GA adapter is held as two halves.
+
+What reads a layer's `weight` or `get_delta_weight` is right by construction: `merge_and_unload`, `merge_adapter`,
+`convert_to_lora`, `rescale_adapter_scale`, … What takes the rank from the `LoraConfig`, which is that of training, or writes
+to the weights is made right here, or refused: PEFT would cut the adapter, or write to what is then dropped, without a word.
+"""
+
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import hotswap
+from torch import Tensor, nn
+
+from ..backends import is_sharded
+from ..delta import DeltaHalf, delta_layers
+from .adapter_files import config_as_in_file, rank_in_memory
+
+RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`PeftModel.from_pretrained(base_model, folder)`)."
+
+
+def guard_helpers(peft_model: PeftModel) -> None:
+    """Bind to `peft_model` what follows; PEFT offers no other place for it."""
+    peft_model.add_adapter = MethodType(add_adapter, peft_model)
+    # `peft_model` finds the methods of its `base_model`
+    peft_model.base_model.add_weighted_adapter = MethodType(add_weighted_adapter, peft_model)
+    peft_model.register_load_state_dict_pre_hook(check_not_from_file)
+
+
+def add_weighted_adapter(peft_model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """`LoraModel.add_weighted_adapter`; same arguments.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    if any(map(is_sharded, peft_model.parameters())):
+        raise ValueError(f"`add_weighted_adapter` needs whole matrices, but those of this model are sharded. {RELOAD}")
+    with config_as_in_file(peft_model) as presented:
+        # The new adapter's matrices hold all scalings, so its own must be 1; PEFT 0.21 makes it √r if this is on (peft#3761).
+        presented.use_rslora = False
+        type(peft_model.base_model).add_weighted_adapter(peft_model.base_model, *args, **kwargs)
+
+
+def add_adapter(peft_model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.add_adapter`; same arguments.
+
+    Raises:
+        ValueError: `peft_config` is the LoRA-GA adapter's own. That is how PEFT and TRL begin to copy an adapter
+            (`reduce_intruder_dimension`, the reference of `DPOTrainer`), and the copy would have room for half of it.
+    """
+    state = peft_model.lora_ga
+    if rank_in_memory(state) > 1 and peft_config is peft_model.peft_config.get(state.adapter_name):
+        raise ValueError(
+            f"The adapter {adapter_name!r} would get the configuration of {state.adapter_name!r}, of rank {peft_config.r}, but "
+            f"in memory a LoRA-GA adapter has rank {rank_in_memory(state) * peft_config.r}, so that it cannot be copied. "
+            f"{RELOAD} For a new adapter with the same settings, pass a `LoraConfig` of its own (`copy.deepcopy(...)`)."
+        )
+    type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)
+
+
+def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: refuse an adapter file's matrices, which `set_peft_model_state_dict` hands on under names that
+    are not in memory.
+
+    Raises:
+        ValueError: there is one in `state_dict`.
+    """
+    adapter_name = peft_model.lora_ga.adapter_name
+    for layer in delta_layers(peft_model, adapter_name):
+        # in delta form there is always A, and a file has both
+        for name in ("lora_A.weight", f"lora_A.{adapter_name}.weight"):
+            if f"{prefix}{layer}.{name}" in state_dict:
+                raise ValueError(
+                    f"{layer}.{name} comes from an adapter's file, but in memory the LoRA-GA adapter {adapter_name!r} holds "
+                    "that matrix as two halves, so nothing would be loaded. Load the folder with "
+                    f"`model.load_adapter(folder, {adapter_name!r}, is_trainable=True)`."
+                )
+
+
+# `hotswap_adapter` and `prepare_model_for_compiled_hotswap` are functions of PEFT that ask the model for nothing that could be
+# bound to it; they would end in a KeyError and an AttributeError.
+
+
+def _refuse_delta_form(name: str) -> None:
+    stock = getattr(hotswap, name)
+
+    @wraps(stock)
+    def checked(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, DeltaHalf) for module in model.modules()):
+            raise ValueError(
+                "A LoRA-GA adapter in memory cannot be hot-swapped, since its matrices are held as two halves each. Use "
+                f"`model.load_adapter(folder, adapter_name, is_trainable=True)` to load a checkpoint of the same run. {RELOAD}"
+            )
+        return stock(model, *args, **kwargs)
+
+    setattr(hotswap, name, checked)
+
+
+# what they call first with the model; their own names may have been imported before
+for _name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
+    _refuse_delta_form(_name)
