@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -108,6 +110,19 @@ def keep_from_ddp(model: nn.Module, buffers: list[str]) -> None:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds only a part of `parameter`."""
     return is_zero3(parameter) or isinstance(parameter, DTensor)
+
+
+def input_embedding_weight(model: PeftModel) -> nn.Parameter:
+    """The weight of the input embedding itself: that of PEFT's wrappers (`trainable_token_indices`) is computed from it anew at
+    each call, which takes a whole one.
+
+    Raises:
+        NotImplementedError: by transformers, where a model has several or none, as CLIP.
+    """
+    embedding = model.get_input_embeddings()
+    while isinstance(embedding, AuxiliaryTrainingWrapper):
+        embedding = embedding.original_module
+    return embedding.weight
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

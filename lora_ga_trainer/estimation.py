@@ -24,6 +24,7 @@ from .backends import (
     compute_device,
     full_shape,
     gather_objects,
+    input_embedding_weight,
     raise_on_all,
     rank,
     sum_over_processes,
@@ -55,10 +56,10 @@ def _batch_problem(model: PeftModel, batch: dict[str, Tensor], needs_labels: boo
         )
     if "input_ids" in batch and isinstance(model.get_base_model(), PreTrainedModel):
         try:
-            embeddings = model.get_input_embeddings()
-        except NotImplementedError:  # by transformers, where a model has several or none, as CLIP
+            known = full_shape(input_embedding_weight(model))[0]
+        except NotImplementedError:
             return None
-        largest, known = int(batch["input_ids"].max()), full_shape(embeddings.weight)[0]
+        largest = int(batch["input_ids"].max())
         if largest >= known:
             return (
                 f"A batch for LoRA-GA holds the token {largest}, but the model has only {known} embeddings. Use the tokenizer "

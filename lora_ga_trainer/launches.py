@@ -8,6 +8,8 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 
+from .backends import input_embedding_weight
+
 WHOLE_PARAMETERS = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -128,7 +130,7 @@ def check_shared_embeddings(launch: Launch, model: PeftModel) -> None:
     """
     if launch.backend != "FSDP2":
         return
-    weight = model.get_input_embeddings().weight
+    weight = input_embedding_weight(model)
     holders = [
         name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module.weight is weight
     ]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import peft_model as peft_model_module
+from peft.tuners.trainable_tokens import layer as token_layer
 from tiny import lora_config, seq2seq_problems, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -89,6 +90,20 @@ def fsdp2_on_cpu() -> None:
 def bf16_with_deepspeed_on_cpu() -> None:
     """transformers wants a GPU for bf16 or `use_cpu`, and `use_cpu` leaves out DeepSpeed, which itself has bf16 on CPUs."""
     training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def trainable_tokens_on_cpu() -> None:
+    """PEFT 0.21 collects the embedding's rows from ZeRO-3 through CUDA only."""
+
+    def collect(self, weight: torch.Tensor, rows: torch.Tensor, embed_dim: int) -> torch.Tensor:
+        with token_layer.gather_params_ctx([weight], modifier_rank=None):
+            found = (
+                weight[rows].clone() if dist.get_rank() == 0 else torch.empty(len(rows), embed_dim, dtype=weight.dtype)
+            )
+        dist.broadcast(found, src=0)
+        return found
+
+    token_layer.TrainableTokensLayer._collect_token_weights = collect
 
 
 # --- watching -------------------------------------------------------------------------------------------------------
@@ -347,6 +362,7 @@ def main(out: Path) -> None:
         fsdp2_on_cpu()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         bf16_with_deepspeed_on_cpu()
+        trainable_tokens_on_cpu()
     for values in json.loads((out / "runs.json").read_text()):
         run = Run(**values)
         try:

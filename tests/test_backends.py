@@ -124,6 +124,10 @@ def no_offset(model: str) -> Run:
     return Run("no_offset", model, options, {"r": 2})
 
 
+def new_tokens(model: str) -> Run:
+    return Run("new_tokens", model, {"max_steps": 2}, {"r": 2, "trainable_token_indices": [5, 6]})
+
+
 NAMES = [run.name for run in make_runs("")]
 
 
@@ -150,6 +154,8 @@ def launched(backend, base_model, t5, tmp_path_factory) -> dict[str, dict]:
     runs = to_resume if backend in FEWER_RUNS else [*to_resume, *make_runs(base_model)[2:]]
     if not backend.startswith("zero3") and backend not in FEWER_RUNS:  # where Trainer refuses `auto_find_batch_size`
         runs += smaller_batches(base_model)
+    if backend == "zero3":
+        runs.append(new_tokens(base_model))
     found = launch(backend, runs, out)
     resumed = []
     for run in to_resume:
@@ -170,6 +176,14 @@ def test_it_is_that_backend_and_two_processes(launched, backend, name):
     expected, wrapper = BACKENDS[backend]
     found = launched[name]
     assert (found["launch"], found["wrapper"], found["communication"]) == (expected, wrapper, "gloo")
+
+
+def test_new_tokens_train_beside_the_adapter(launched):
+    """What is looked at in a batch does not touch the embedding, of which ZeRO-3 has nothing whole."""
+    found = launched["new_tokens"]
+    assert len(found["losses"]) == 2 and found["report"] is not None
+    (tokens,) = (value for name, value in found["adapter"].items() if "trainable_tokens" in name)
+    assert tokens.shape == (2, 48) and tokens.isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*NAMES, "no_offset"])
