@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 from .arguments import LoRAGASeq2SeqConfig, with_ga_options
 from .launches import check_shared_embeddings, launch_of
-from .lora_config import check_lora_config, paper_lora_config
+from .lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from .trainer import LoRAGAMixin
 
 
@@ -73,8 +73,13 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
                     "`model` is a `PeftModel` already, so `peft_config` would be a second adapter. Leave one of them out."
                 )
         else:
-            peft_config = peft_config or paper_lora_config(TaskType.SEQ_2_SEQ_LM)
+            self.adapter_is_default = peft_config is None
+            if peft_config is None:
+                # PEFT calls a SEQ_2_SEQ_LM with text, which Whisper and its kin do not take
+                takes_text = model.main_input_name == "input_ids"
+                peft_config = paper_lora_config(TaskType.SEQ_2_SEQ_LM if takes_text else None)
             check_lora_config(peft_config)
+            check_no_adapter(model)
             model = get_peft_model(model, peft_config)
             if args.gradient_checkpointing:  # reentrant checkpointing passes a gradient on only if its input has one
                 model.enable_input_require_grads()

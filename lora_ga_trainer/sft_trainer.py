@@ -32,15 +32,18 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
+        if how.get("selective"):
+            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
+            enable_selective_activation_checkpointing(self.model.get_base_model())
+
+    def get_ready(self) -> None:
         if self.model.config.is_encoder_decoder:
             raise ValueError(
                 f"The model is an encoder-decoder ({self.model.config.model_type}), but `LoRAGASFTTrainer` is for decoder-only "
                 "models. Use `LoRAGASeq2SeqTrainer`."
             )
-        how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
-        if how.get("selective"):
-            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
-            enable_selective_activation_checkpointing(self.model.get_base_model())
+        super().get_ready()
 
     def check_arguments(self, arguments: dict[str, Any]) -> None:
         super().check_arguments(arguments)

@@ -54,6 +54,9 @@ class LoRAGACallback(TrainerCallback):
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
             self.trainer.initialize_lora_ga()
+        last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.restarts][-1]
+        if not any(last.metrics().items() <= entry.items() for entry in state.log_history):
+            self.trainer.unlogged = last.metrics()
         if args.ga_restart_steps is not None:
             due = state.global_step // args.ga_restart_steps
             self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.restarts) - due)
@@ -88,6 +91,12 @@ class LoRAGAMixin(SavesAdapters):
     EMPTY = "has no example"
     """What is wrong with the training set if it is empty once the trainer has prepared it."""
 
+    adapter_is_default = False
+    """Whether the adapter's configuration is not the user's."""
+
+    unlogged: dict[str, float]
+    """Metrics of an initialization or a restart that wait for the next entry of the log."""
+
     started: float | None = None
     """When training began, on the clock of `time.perf_counter`."""
 
@@ -108,10 +117,20 @@ class LoRAGAMixin(SavesAdapters):
                 f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
                 f"your own: `class MyArguments(LoRAGAArguments, {kind})`."
             )
+        self.unlogged = {}
         if self.model_init is not None:
             raise ValueError(
                 "`model_init` would make another model when training begins, without the adapter that is attached now. Pass "
                 "`model`; for a search over hyperparameters make a trainer for each trial."
+            )
+        self.get_ready()
+
+    def get_ready(self) -> None:
+        """Refuse what can be refused, and attach LoRA-GA. TRL's trainers prepare their datasets after it."""
+        if self.train_dataset is None:
+            raise ValueError(
+                "`train_dataset` is None, but LoRA-GA draws its sample from it, also where `get_train_dataloader` makes the "
+                "batches of training. Pass the dataset that they are made of, and its `data_collator`."
             )
         check_not_empty(self.train_dataset, self.EMPTY)
         self.attach_lora_ga()
@@ -132,7 +151,15 @@ class LoRAGAMixin(SavesAdapters):
         check_fsdp2(self.accelerator, self.args.torch_compile)
         if how.get("offload"):
             check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
-        adapter_name = attach_lora_ga(self.model, self.args)
+        try:
+            adapter_name = attach_lora_ga(self.model, self.args)
+        except ValueError as error:
+            if not self.adapter_is_default:
+                raise
+            raise ValueError(
+                f"{error} (No `peft_config` was passed, so the adapter is the paper's. Say otherwise with "
+                "`peft_config=LoraConfig(...)`.)"
+            ) from error
         if self.args.ga_restart_steps is not None:
             check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))
             halves = offset_halves(self.model, adapter_name).values()
@@ -146,7 +173,8 @@ class LoRAGAMixin(SavesAdapters):
             self.model.add_model_tags(TAG)
         # Trainer sets it with each step, and the initialization comes before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        self.add_callback(LoRAGACallback(self))
+        # before all others, so that they see the run as it starts
+        self.callback_handler.callbacks.insert(0, LoRAGACallback(self))
 
     @property
     def lora_ga_report(self) -> InitReport | None:
@@ -156,9 +184,7 @@ class LoRAGAMixin(SavesAdapters):
     def initialize_lora_ga(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
         with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
-            report = initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
-        with self.unchanged_metrics():
-            self.log(report.metrics())
+            initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
 
     def restart_lora_ga(self) -> None:
         """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
@@ -167,8 +193,7 @@ class LoRAGAMixin(SavesAdapters):
             report = restart_lora_ga(
                 self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
             )
-        with self.unchanged_metrics():
-            self.log(report.metrics())
+        self.unlogged = report.metrics()
 
     @contextmanager
     def estimating(self, seed: int) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
@@ -204,7 +229,7 @@ class LoRAGAMixin(SavesAdapters):
         """
         inputs = self._prepare_inputs(batch)
         items = items_in(model, inputs)
-        divisor = torch.tensor(max(items, 1)) if "labels" in inputs else None
+        divisor = torch.tensor(max(items, 1), device="cpu") if "labels" in inputs else None
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=divisor)
         if items == 0:  # the mean over no label is no number
@@ -256,11 +281,17 @@ class LoRAGAMixin(SavesAdapters):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with `ga/seconds`: wall time since training began, initialization, evaluations and saving included.
 
-        Trainer's log tells steps only, and time not until the end; runs could not be compared over time.
+        Trainer's log has steps only, and time not until the end; runs could not be compared over time. What an initialization
+        or a restart found goes into the entry that follows it. None of this is in `logs` afterwards, of which `train` and
+        `evaluate` make their results.
         """
+        ours, self.unlogged = self.unlogged, {}
         if self.started is not None:
-            logs["ga/seconds"] = time.perf_counter() - self.started
-        super().log(logs, start_time)
+            ours = ours | {"ga/seconds": time.perf_counter() - self.started}
+        entry = logs | ours
+        super().log(entry, start_time)
+        logs.clear()  # callbacks take entries out, too
+        logs.update((name, value) for name, value in entry.items() if name not in ours)
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:

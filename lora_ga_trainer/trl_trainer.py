@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .arguments import with_ga_options
 from .launches import check_offloading
-from .lora_config import check_lora_config, paper_lora_config
+from .lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from .trainer import LoRAGAMixin
 from .training_data import check_not_empty
 
@@ -33,13 +33,43 @@ class LoRAGATRLMixin(LoRAGAMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         call = inspect.signature(super(LoRAGAMixin, self).__init__).bind(*args, **kwargs)
         arguments = call.arguments
-        arguments["args"] = with_ga_options(self.config_class, arguments.get("args"), arguments["model"])
-        if not isinstance(arguments["model"], PeftModel):
-            if arguments.get("peft_config") is None:
+        model = arguments["model"]
+        arguments["args"] = with_ga_options(self.config_class, arguments.get("args"), model)
+        if not isinstance(model, PeftModel):
+            self.adapter_is_default = arguments.get("peft_config") is None
+            if self.adapter_is_default:
                 arguments["peft_config"] = paper_lora_config(self.task_type)
             check_lora_config(arguments["peft_config"])
+            arguments["peft_config"] = self.completed(arguments["peft_config"])
+            if isinstance(model, nn.Module):
+                check_no_adapter(model)
         self.check_arguments(arguments)
+        self.unprepared: list[tuple[Any, tuple[Any, ...]]] = []
+        self._prepare_dataset = self.prepare_later  # shadows TRL's method until `get_ready`
         super().__init__(*call.args, **call.kwargs)
+
+    def completed(self, peft_config: LoraConfig) -> LoraConfig:
+        """`peft_config` with what the trainer knows and its user has left out."""
+        return peft_config
+
+    def prepare_later(self, dataset: Any, *how: Any) -> Any:
+        """TRL prepares its datasets, which may take hours, before there is a trainer; here it does so once nothing else is to
+        be refused."""
+        self.unprepared.append((dataset, how))
+        return dataset
+
+    def get_ready(self) -> None:
+        super().get_ready()
+        del self._prepare_dataset
+        prepared = [(how[-1], self._prepare_dataset(dataset, *how)) for dataset, how in self.unprepared]
+        self.unprepared.clear()
+        if prepared:  # none with `skip_prepare_dataset`, or of images
+            (_, self.train_dataset), *held_out = prepared
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = dict(held_out)
+            elif held_out:
+                ((_, self.eval_dataset),) = held_out
+        check_not_empty(self.train_dataset, self.EMPTY)
 
     def check_arguments(self, arguments: dict[str, Any]) -> None:
         """

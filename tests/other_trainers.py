@@ -61,7 +61,7 @@ def base_of(kind: str) -> nn.Module:
 
 
 def adapter_of(kind: str, **options) -> LoraConfig:
-    return lora_config(**{"task_type": "CAUSAL_LM" if kind == "dpo" else "SEQ_CLS"} | options)
+    return lora_config(**{"task_type": "CAUSAL_LM" if kind in ("sft", "dpo") else "SEQ_CLS"} | options)
 
 
 def rows_of(kind: str) -> Dataset:

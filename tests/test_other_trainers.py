@@ -1,6 +1,7 @@
 """`LoRAGAMixin` over `Trainer`, `LoRAGARewardTrainer`, `LoRAGADPOTrainer`: `LoRAGASFTTrainer`'s invariants hold there too."""
 
 import warnings
+from typing import ClassVar
 
 import dense_reference
 import pytest
@@ -20,11 +21,25 @@ from other_trainers import (
     make_trainer,
     rows_of,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import CONFIGS, lora_config, tiny_model, tiny_t5, word_tokenizer
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from tiny import (
+    CONFIGS,
+    lora_config,
+    peft_pair,
+    seq2seq_problems,
+    sft_arguments,
+    tiny_batches,
+    tiny_model,
+    tiny_t5,
+    word_problems,
+    word_tokenizer,
+)
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForMultipleChoice,
+    LlamaForSequenceClassification,
     LlamaForTokenClassification,
     Trainer,
     TrainerCallback,
@@ -32,9 +47,21 @@ from transformers import (
 )
 from trl import DPOTrainer
 
-from lora_ga_trainer import LoRAGADPOTrainer, LoRAGAMixin, LoRAGATrainingArguments
+from lora_ga_trainer import (
+    LoRAGAArguments,
+    LoRAGADPOConfig,
+    LoRAGADPOTrainer,
+    LoRAGAMixin,
+    LoRAGASeq2SeqConfig,
+    LoRAGASeq2SeqTrainer,
+    LoRAGASFTConfig,
+    LoRAGASFTTrainer,
+    LoRAGATrainingArguments,
+    initialize_lora_ga,
+)
 from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.estimation import items_in
+from lora_ga_trainer.initialization import attach_lora_ga
 
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
 
@@ -57,7 +84,7 @@ def logits(model):
 def entries(trainer):
     """What was logged at each step, but for times."""
     return [
-        {name: value for name, value in entry.items() if name not in ("grad_norm", "ga/seconds")}
+        {name: value for name, value in entry.items() if name != "grad_norm" and not name.startswith("ga/")}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
@@ -165,22 +192,26 @@ def test_everything_else_is_as_in_a_plain_run(make, kind):
     assert first[0].seen == first[1].seen and first[0].trainable == first[1].trainable
     assert not first[1].gradients
     assert entries(runs[0]) == entries(runs[1]) and len(entries(runs[0])) == 7
-    (report,) = (entry for entry in runs[1].state.log_history if "ga/alignment_mean" in entry)
-    assert set(report) <= {*runs[1].lora_ga_report.metrics(), "ga/seconds", "epoch", "step"}
+    assert [set(entry) for entry in runs[0].state.log_history] == [
+        {name for name in entry if not name.startswith("ga/")} for entry in runs[1].state.log_history
+    ], "no entry more, and no other names but ours"
+    first, *others = runs[1].state.log_history
+    assert runs[1].lora_ga_report.metrics().items() <= first.items()
+    assert all("ga/seconds" in entry and "ga/alignment_mean" not in entry for entry in others)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_restart_leaves_the_metrics_to_their_steps(make, kind):
-    """Those of the steps before it, which wait for the next log, are not in its own entry."""
+    """Those of the steps before it, which wait for the next log, stay as they are; what it found is in that entry, too."""
     logged = []
     for restarts in (None, 2):
         trainer = make(kind, learning_rate=0.0, logging_steps=4, max_steps=8, ga_restart_steps=restarts)
         trainer.train()
-        reports = [entry for entry in trainer.state.log_history if "ga/alignment_mean" in entry]
-        its_own = {*trainer.lora_ga_report.metrics(), "ga/seconds", "epoch", "step"}
-        assert all(set(entry) <= its_own for entry in reports)
         logged.append(entries(trainer))
-    assert len(reports) == 4 and logged[0] == logged[1]
+    assert logged[0] == logged[1] and len(trainer.state.log_history) == 3  # two of the training, one of its end
+    found = trainer.model.lora_ga.restarts  # before the steps 3, 5 and 7: of two between logs the later
+    for entry, report in zip(trainer.state.log_history, (found[0], found[2]), strict=False):
+        assert report.metrics().items() <= entry.items()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -462,6 +493,202 @@ def test_half_of_what_one_device_takes(make, monkeypatch):
     trainer = make("classifier", per_device_train_batch_size=4, ga_batch_size=None)
     assert trainer._train_batch_size == 16
     assert {len(batch["labels"]) for batch in trainer.sample_batches(0)} == {2}
+
+
+# --- the head of a classifier ---------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_without_a_task_type_trains_and_saves_its_head(make, tmp_path):
+    lora = adapter_of("reward", task_type=None)
+    trainer = make("reward", lora=lora, learning_rate=1e-2)
+    assert lora.task_type is None, "the user's own is left alone"
+    trainer.train()
+    trainer.save_model()
+    other_head = base_of("reward")
+    torch.nn.init.normal_(other_head.score.weight)  # a new one, as each time that the base model is loaded
+    reloaded = PeftModel.from_pretrained(other_head, tmp_path / "run")
+    assert (logits(reloaded) - logits(trainer.model)).abs().max() < 1e-4  # float32, see above
+
+
+def bart_classifier():
+    return BartForSequenceClassification(
+        BartConfig(
+            d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "head"),
+    [
+        (lambda: base_of("classifier"), {"task_type": None}, "score"),
+        (lambda: base_of("classifier"), {"task_type": "FEATURE_EXTRACTION"}, "score"),
+        # the adapter on it is saved, the head below is not
+        (lambda: base_of("classifier"), {"task_type": None, "target_modules": ["score", "q_proj"], "r": 1}, "score"),
+        (token_classifier, {"task_type": None}, "score"),
+        (chooser, {"task_type": None, "r": 2}, "classifier"),
+        (bart_classifier, {"task_type": "SEQ_CLS", "r": 2}, "classification_head"),  # a name that PEFT does not know
+    ],
+)
+def test_a_head_that_would_be_lost_is_named(model, lora, head):
+    wrapped = get_peft_model(model(), lora_config(**lora))
+    with pytest.raises(
+        ValueError, match=rf"^{head} of .* would be neither trained nor saved.*modules_to_save=\['{head}'\]"
+    ):
+        attach_lora_ga(wrapped, LoRAGAArguments())
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        (lambda: base_of("classifier"), {"task_type": "SEQ_CLS"}),
+        (lambda: base_of("classifier"), {"task_type": None, "modules_to_save": ["score"]}),
+        (bart_classifier, {"task_type": "SEQ_CLS", "r": 2, "modules_to_save": ["classification_head"]}),
+    ],
+)
+def test_a_head_that_is_saved(model, lora):
+    attach_lora_ga(get_peft_model(model(), lora_config(target_modules=["q_proj"], **lora)), LoRAGAArguments())
+
+
+def test_a_head_that_comes_with_the_base_model_may_stay_frozen(tmp_path):
+    base_of("classifier").save_pretrained(tmp_path)
+    loaded = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    attach_lora_ga(get_peft_model(loaded, lora_config(task_type=None, target_modules=["q_proj"])), LoRAGAArguments())
+
+
+# --- a model that carries an adapter --------------------------------------------------------------------------------
+
+
+def loaded_with_an_adapter(folder):
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    model.save_pretrained(folder)
+    loaded = tiny_model()
+    loaded.load_adapter(str(folder))
+    return loaded
+
+
+def with_an_adapter_of_transformers(folder):
+    model = tiny_model()
+    model.add_adapter(lora_config(), adapter_name="mine")
+    return model
+
+
+def with_an_injected_adapter(folder):
+    return inject_adapter_in_model(lora_config(), tiny_model(), adapter_name="mine")
+
+
+ADAPTED = [loaded_with_an_adapter, with_an_adapter_of_transformers, with_an_injected_adapter]
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_a_model_that_carries_an_adapter_is_refused(adapted, tmp_path):
+    message = r"put the adapters \['(default|mine|default', 'mine)'\] into it.*merge_and_unload"
+    model = adapted(tmp_path)
+    arguments = sft_arguments(tmp_path / "run")
+    for trainer, config, rows in (
+        (LoRAGASFTTrainer, LoRAGASFTConfig, word_problems()),
+        (LoRAGADPOTrainer, LoRAGADPOConfig, rows_of("dpo")),
+        (ClassifierTrainer, LoRAGATrainingArguments, rows_of("classifier")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(model, args=config(**arguments), train_dataset=rows, processing_class=word_tokenizer())
+    with pytest.raises(ValueError, match=message):
+        attach_lora_ga(model, LoRAGAArguments())
+    if adapted is not with_an_injected_adapter:  # which nothing is left of once it is wrapped
+        with pytest.raises(ValueError, match=message):
+            attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments())
+
+
+def test_an_encoder_decoder_that_carries_an_adapter_is_refused(tmp_path):
+    model = tiny_t5()
+    model.add_adapter(lora_config(task_type="SEQ_2_SEQ_LM"), adapter_name="mine")
+    with pytest.raises(ValueError, match=r"put the adapters \['mine'\]"):
+        LoRAGASeq2SeqTrainer(model, LoRAGASeq2SeqConfig(str(tmp_path), use_cpu=True), train_dataset=seq2seq_problems())
+
+
+def test_a_model_whose_adapter_was_deleted_is_a_base_model():
+    model = tiny_model()
+    model.add_adapter(lora_config(), adapter_name="mine")
+    model.delete_adapter("mine")
+    attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments())
+
+
+# --- data, and the order of errors ----------------------------------------------------------------------------------
+
+
+def test_a_training_loader_of_ones_own_needs_a_dataset_to_sample_from(tmp_path):
+    class OwnLoader(ClassifierTrainer):
+        def get_train_dataloader(self):
+            raise AssertionError("refused before")
+
+    model = get_peft_model(base_of("classifier"), adapter_of("classifier"))
+    with pytest.raises(ValueError, match="`train_dataset` is None, but LoRA-GA draws its sample from it"):
+        OwnLoader(model, LoRAGATrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("kind", ["sft", *PAIRS])
+def test_trl_prepares_its_data_once_nothing_is_to_be_refused(kind, tmp_path, monkeypatch):
+    trainer_class, config = {"sft": (LoRAGASFTTrainer, LoRAGASFTConfig)}.get(kind) or CLASSES[kind]
+    stock = trainer_class._prepare_dataset
+
+    class Own(trainer_class):
+        """Whose preparation goes on from TRL's."""
+
+        prepared: ClassVar[list[str]] = []
+
+        def _prepare_dataset(self, dataset, *how):
+            self.prepared.append(how[-1])
+            dataset = stock(self, dataset, *how)
+            column = "input_ids" if kind == "sft" else "chosen_ids" if kind == "dpo" else "chosen_input_ids"
+            return dataset.filter(lambda row: any(column in name or name in column for name in row))
+
+    rows = word_problems() if kind == "sft" else rows_of(kind)
+    base = (lambda: base_of(kind)) if kind in PAIRS else tiny_model
+    arguments = sft_arguments(tmp_path / "run")
+
+    def make(lora=None, eval_dataset=None, **options):
+        return Own(
+            base(), args=config(**arguments | options), train_dataset=rows, eval_dataset=eval_dataset,
+            processing_class=word_tokenizer(), peft_config=lora,
+        )  # fmt: skip
+
+    for refused in (
+        {"lora": adapter_of(kind, r=25)},
+        {"lora": adapter_of(kind, target_modules=["embed_tokens"])},
+        {"ga_sketch_size": 3},
+        {"output_dir": "/proc/self"},
+    ):
+        with pytest.raises(ValueError):
+            make(**refused)
+    assert not Own.prepared
+    held_out = {"a": rows.select(range(4)), "b": rows.select(range(6))}
+    trainer = make(eval_dataset=held_out)
+    assert Own.prepared == ["train", "a", "b"] and set(held_out["a"].column_names) == set(rows.column_names)
+    assert {name: len(dataset) for name, dataset in trainer.eval_dataset.items()} == {"a": 4, "b": 6}
+    trainer.train()
+    assert trainer.evaluate().keys() >= {"eval_a_loss", "eval_b_loss"}
+
+
+def test_advice_fits_what_was_passed(tmp_path):
+    def trainer(model, **adapter):
+        args = LoRAGASFTConfig(**sft_arguments(tmp_path / "run"))
+        LoRAGASFTTrainer(model, args, train_dataset=word_problems(), processing_class=word_tokenizer(), **adapter)
+
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`peft_config` is a IA3Config.*or leave it out"):
+        trainer(tiny_model(), peft_config=ia3)
+    with pytest.raises(ValueError, match="'default' was made of a IA3Config.*make it with `get_peft_model") as refused:
+        trainer(get_peft_model(tiny_model(), ia3))
+    assert "leave it out" not in str(refused.value)
+    # PEFT makes `target_parameters` of "all-linear", which nobody has written here
+    with pytest.raises(ValueError, match=r"Name the linear layers.*No `peft_config` was passed") as refused:
+        trainer(tiny_model("mixture"))
+    assert "Leave out `target_parameters`" not in str(refused.value)
+    with pytest.raises(ValueError, match="Name the linear layers") as refused:
+        trainer(tiny_model("mixture"), peft_config=lora_config())
+    assert "was passed" not in str(refused.value)
 
 
 def test_the_wrong_order_of_bases_is_refused():

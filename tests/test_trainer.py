@@ -122,11 +122,46 @@ def test_the_report_is_logged(make_trainer, caplog):
     (entry,) = (entry for entry in trainer.state.log_history if "ga/alignment_mean" in entry)
     assert entry["ga/alignment_mean"] == report.alignment_mean and entry["ga/alignment_min"] == report.alignment_min
     assert entry["ga/init_seconds"] == report.seconds and entry["ga/init_bytes"] == report.extra_peak_bytes
-    assert set(entry) <= {*report.metrics(), "ga/seconds", "epoch", "step"}, (
-        "training metrics have no place in this entry"
-    )
+    assert entry is trainer.state.log_history[0] and "loss" in entry, "no entry of its own"
     assert report.alignment_min_layer in caplog.text and "MiB extra at the peak" in caplog.text
     assert len(report.alignment) == 14
+
+
+def test_what_train_and_evaluate_return_is_what_trl_returns(make_trainer, prompt_completion):
+    """By name: a search over hyperparameters adds up what `evaluate` returns, and `log` gets the same dictionary."""
+    returned, logged = [], []
+    for cls in (SFTTrainer, LoRAGASFTTrainer):
+        trainer = make_trainer(cls, eval_dataset=prompt_completion, eval_on_start=True, max_steps=2)
+        output = trainer.train()
+        returned.append((output.metrics.keys(), trainer.evaluate().keys()))
+        logged.append([{name for name in entry if not name.startswith("ga/")} for entry in trainer.state.log_history])
+    assert returned[0] == returned[1] and logged[0] == logged[1]
+    first = trainer.state.log_history[0]
+    assert "eval_loss" in first and trainer.lora_ga_report.metrics().items() <= first.items()
+
+
+def test_a_log_that_was_cut_off_before_its_first_entry_gets_it_on_resuming(make_trainer):
+    options = {"logging_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(**options).train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert resumed.lora_ga_report.metrics().items() <= resumed.state.log_history[0].items()
+
+
+class Beginning(TrainerCallback):
+    """What a run is like when it begins."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.report = model.lora_ga.report
+        self.factors = [p.clone() for name, p in model.named_parameters() if "frozen" in name]
+
+
+def test_other_callbacks_see_the_run_as_it_starts(make_trainer):
+    early = Beginning()
+    trainer = make_trainer(callbacks=[early], learning_rate=0.0, max_steps=1)
+    trainer.train()
+    assert early.report is trainer.lora_ga_report is not None
+    assert early.factors and all(factor.any() for factor in early.factors)
 
 
 def test_only_prompts_of_the_sample_are_masked_and_seeds_draw_it(make_trainer):
@@ -245,6 +280,26 @@ def test_resume_is_the_uninterrupted_run(make_trainer, lora, offset, tmp_path):
     assert sum("ga/alignment_mean" in entry for entry in resumed.state.log_history) == 1, "estimation was skipped"
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_finished_run_that_is_started_again_trains_nothing(make_trainer, length, caplog):
+    """As a cluster does with a job; 24 examples in batches of 8 are 3 steps."""
+    options = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    whole = make_trainer(**options, **length)
+    whole.train()
+    expected = whole.model.state_dict()
+    for _ in range(2):
+        again = make_trainer(**options, **length)
+        assert again.train(resume_from_checkpoint=True).global_step == 3
+        assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+        assert losses(again) == losses(whole)
+        again.save_model()
+    assert "has finished: 3 of 3 steps" in caplog.text
+    longer = make_trainer(**options, max_steps=4)
+    assert longer.train(resume_from_checkpoint=True).global_step == 4
+    shorter = make_trainer(**options, max_steps=2)
+    assert shorter.train(resume_from_checkpoint=True).global_step == 4
 
 
 def test_every_checkpoint_is_an_ordinary_adapter(make_trainer):
