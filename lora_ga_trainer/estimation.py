@@ -4,6 +4,7 @@ Shapes: O out features, I in features, T tokens.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 
@@ -35,6 +36,10 @@ from .probe import gradient_probe
 Accumulator = ExactGradient | GradientSketch
 ComputeLoss = Callable[[nn.Module, dict[str, Tensor], int], Tensor]
 
+logger = logging.getLogger(__name__)
+
+IN_A_MESSAGE = 10
+"""Names of layers that an error gives itself; of more it gives some, and the log all."""
 SKETCH_OVERSAMPLING = 32
 """K − 2r. Real gradients have slowly falling spectra: with 32 spare directions 2 passes reach 0.999 of the exact alignment in
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
@@ -255,6 +260,15 @@ def _loss_problem(loss: Tensor, index: int) -> str | None:
     )
 
 
+def whole_list(names: list[str]) -> str:
+    """All of `names`, which somebody is to copy; in the log if they are many, once for all processes."""
+    if len(names) <= IN_A_MESSAGE:
+        return ", ".join(names)
+    if rank() == 0:
+        logger.error("\n".join(names))
+    return f"{', '.join(names[:3])} and {len(names) - 3} more, all of which are in the log"
+
+
 def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
     """A layer that would be left at vanilla LoRA, or worse, is an error that names it; never a silent fallback."""
     for problem, is_bad in {
@@ -264,7 +278,7 @@ def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
         bad = [name for name, acc in accumulators.items() if any(is_bad(total) for total in acc.sums())]
         if bad:
             raise ValueError(
-                f"{len(bad)} of {len(accumulators)} target layers get {problem}, first {', '.join(bad[:3])}. LoRA-GA "
+                f"{len(bad)} of {len(accumulators)} target layers get {problem}: {whole_list(bad)}. LoRA-GA "
                 "cannot initialize them: leave them out with `LoraConfig(exclude_modules=...)`, check that the forward "
                 "pass uses them, or estimate on other or more samples (`ga_num_samples`)."
             )

@@ -23,7 +23,8 @@ import metamath
 import torch
 from datasets import Dataset, IterableDataset
 from launching import WORKER, environment, what_two_processes_say
-from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from recipe_cases import RECIPES, options, rows_for, save_model, write
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -36,14 +37,17 @@ from tiny import (
     word_tokenizer,
 )
 from torch import nn
+from transformers import LlamaForSequenceClassification, Trainer, WhisperConfig, WhisperForConditionalGeneration
 from trl import SFTConfig, TrlParser
 
 from lora_ga_trainer import (
     LoRAGAArguments,
+    LoRAGAMixin,
     LoRAGASeq2SeqConfig,
     LoRAGASeq2SeqTrainer,
     LoRAGASFTConfig,
     LoRAGASFTTrainer,
+    LoRAGATrainingArguments,
     initialize_lora_ga,
     restart_lora_ga,
 )
@@ -317,6 +321,32 @@ def a17_too_much_dropout(world):
     world.trainer(lora=lora_config(lora_dropout=1.5))
 
 
+def a18_a_model_that_transformers_gave_an_adapter(world):
+    model = tiny_model()
+    model.add_adapter(lora_config(), adapter_name="first")
+    world.trainer(model=world.watch(model))
+
+
+def a19_a_classifier_whose_head_would_be_lost(world):
+    model = LlamaForSequenceClassification(tiny_model().config)
+    attach_lora_ga(get_peft_model(world.watch(model), lora_config(task_type=None)), LoRAGAArguments())
+
+
+def a20_a_task_type_of_text_for_a_model_of_sound(world):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64, pad_token_id=0, **sizes)
+    )
+    lora = lora_config(task_type="SEQ_2_SEQ_LM")
+    attach_lora_ga(get_peft_model(world.watch(model), lora), LoRAGAArguments())
+
+
+def a21_the_default_adapter_for_experts(world):
+    LoRAGASFTTrainer(
+        tiny_model("mixture"), world.config(), train_dataset=word_problems(), processing_class=word_tokenizer()
+    )
+
+
 # --- model --------------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +515,12 @@ def d21_other_columns_to_evaluate_on(world):
     world.trainer(eval_data={"hard": word_problems().rename_columns({"prompt": "question", "completion": "answer"})})
 
 
+def d22_a_training_loader_without_a_dataset(world):
+    class MyTrainer(LoRAGAMixin, Trainer): ...
+
+    MyTrainer(world.peft_model(), LoRAGATrainingArguments(str(world.out), use_cpu=True))
+
+
 # --- checkpoints and resuming -------------------------------------------------------------------------------------------
 
 
@@ -605,6 +641,35 @@ def c21_merging_into_a_quantized_base(world):
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     export(world.finished_run / "checkpoint-4", world.folder / "merged", merge=True, base_model=world.folder / "base")
+
+
+def initialized(world) -> PeftModel:
+    model = world.peft_model()
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), **QUIET)
+    return model
+
+
+def c22_an_adapters_tensors_into_the_model_in_memory(world):
+    tensors = load_file(world.finished_run / "checkpoint-4/adapter_model.safetensors")
+    set_peft_model_state_dict(initialized(world), tensors)
+
+
+def c23_hotswapping_the_model_in_memory(world):
+    hotswap_adapter(initialized(world), str(world.finished_run / "checkpoint-4"), "default")
+
+
+def c24_a_copy_of_the_adapter_in_memory(world):
+    model = initialized(world)
+    model.add_adapter("copy", model.peft_config["default"])
+
+
+def c25_a_finished_run_started_again(world):
+    world.saved()
+    with warnings_of("lora_ga_trainer") as said:
+        world.trainer(config=LoRAGASFTConfig(**sft_arguments(world.folder / "saved"))).train(
+            resume_from_checkpoint=True
+        )
+    return said[0]
 
 
 def rewrite(checkpoint: Path, name: str, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ ROW = re.compile(r"^\| (?P<id>[A-Z]\d\d) \| (?P<done>.+?) \| (?P<said>.+?) \| (?
 ROWS = {row["id"]: row for row in ROW.finditer(PAGE.read_text(encoding="utf-8"))}
 MADE_BY_MISTAKES = {"saved", "base", "model", "plain"}
 """Folders that a mistake begins with."""
-BEYOND_STEP_0 = {"D13", "D14", "C14"}
+BEYOND_STEP_0 = {"D13", "D14", "C14", "C25"}
 """What is only warned of; and what has taken up a checkpoint's step before it reads the optimizer's state."""
 
 

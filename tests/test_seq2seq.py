@@ -8,7 +8,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import lora_config, seq2seq_problems, sft_arguments, tiny_model, tiny_t5, word_tokenizer
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from lora_ga_trainer import LoRAGASeq2SeqConfig, LoRAGASeq2SeqTrainer
 from lora_ga_trainer.delta import delta_layers
@@ -247,3 +253,54 @@ def test_label_smoothing_is_estimated_and_trained(make):
     plain = make()
     plain.train()
     assert losses(trainer)[0] != losses(plain)[0] and trainer.lora_ga_report.alignment_mean > 0
+
+
+# --- Whisper, whose main input is sound ---------------------------------------------------------------------------------
+
+
+def tiny_whisper():
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=80, decoder_ffn_dim=80, num_mel_bins=8, max_source_positions=20, max_target_positions=32,
+        vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config)
+
+
+@pytest.fixture
+def whisper_trainer(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        {
+            "input_features": torch.randn(8, 40, generator=generator).tolist(),
+            "labels": torch.randint(3, 60, (6,), generator=generator).tolist(),
+        }
+        for _ in range(12)
+    ]
+
+    def make(**adapter):
+        args = LoRAGASeq2SeqConfig(**sft_arguments(tmp_path / "run", learning_rate=1e-2))
+        return LoRAGASeq2SeqTrainer(tiny_whisper(), args, train_dataset=Dataset.from_list(rows), **adapter)
+
+    return make
+
+
+@pytest.mark.parametrize("adapter", [{}, {"peft_config": lora_config(task_type=None)}], ids=["default", "no task type"])
+def test_whisper(whisper_trainer, adapter, tmp_path):
+    trainer = whisper_trainer(**adapter)
+    trainer.train()
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(tiny_whisper(), tmp_path / "run").eval()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        ours, theirs = trainer.model.eval()(**batch).logits, reloaded(**batch).logits
+        base = tiny_whisper().eval()(**batch).logits
+    assert (ours - theirs).abs().max() < 1e-5 < 1e-3 < (ours - base).abs().max()  # float32
+
+
+def test_whisper_with_the_task_of_text_is_refused(whisper_trainer):
+    message = "`task_type` is 'SEQ_2_SEQ_LM', .* WhisperForConditionalGeneration takes `input_features`. Leave `task_type` out"
+    with pytest.raises(ValueError, match=message):
+        whisper_trainer(peft_config=lora_config(task_type="SEQ_2_SEQ_LM"))
