@@ -42,6 +42,12 @@ from recipe import Options, Recipe
 RUNS = Results("convergence")
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given: a GPU works on while Python reads the clock."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 class Stopwatch(TrainerCallback):
     """Seconds spent in training steps so far; evaluation and initialization do not count."""
 
@@ -49,9 +55,11 @@ class Stopwatch(TrainerCallback):
         self.seconds, self.at = 0.0, {0: 0.0}
 
     def on_step_begin(self, args, state, control, **kwargs):
+        finish(args.device)
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        finish(args.device)
         self.seconds += time.perf_counter() - self.started
         self.at[state.global_step] = self.seconds
 

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from hardware import device_name
 from memory_environment import MALLOC
@@ -86,10 +85,10 @@ def initialized(variant: str, model: PreTrainedModel, batches: Batches) -> tuple
     return peft_model, "frozen"
 
 
-def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
-    if variant == HALVED:
-        args.batch_size = max(1, args.batch_size // 2)
-    model, batches = make_model(args, args.samples)
+def measure_cost(variant: str, args: Namespace) -> tuple[dict[str, Any], PeftModel, str]:
+    """(seconds and peak, and what `initialized` returns)."""
+    batch_size = max(1, args.batch_size // 2) if variant == HALVED else args.batch_size
+    model, batches = make_model(Namespace(**vars(args) | {"batch_size": batch_size}), args.samples)
     warm_up(model, batches[0])
     device = torch.device(args.device)
     started = time.perf_counter()
@@ -97,7 +96,12 @@ def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
         model, part = initialized(variant, model, batches)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - started
+    return {"seconds": time.perf_counter() - started, "peak": peak.extra_bytes}, model, part
+
+
+def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
+    """Also the alignment, against what `measure_gradient` left in `args.work`."""
+    found, model, part = measure_cost(variant, args)
     shares = []
     best = load_file(f"{args.work}/best.safetensors")
     gradients = load_file(f"{args.work}/gradient.safetensors")
@@ -105,12 +109,7 @@ def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
         if isinstance(layer, LoraLayer):
             A, B = (getattr(half["default"], part).detach().float().cpu() for half in (layer.lora_A, layer.lora_B))
             shares.append(alignment(gradients[name], A, B) / best[name].item())
-    return {
-        "seconds": seconds,
-        "peak": peak.extra_bytes,
-        "alignment_mean": statistics.mean(shares),
-        "alignment_min": min(shares),
-    }
+    return found | {"alignment_mean": statistics.mean(shares), "alignment_min": min(shares)}
 
 
 def alignment(G: Tensor, A: Tensor, B: Tensor) -> float:
@@ -138,12 +137,13 @@ def measure_gradient(args: Namespace) -> dict[str, Any]:
     accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
     num_items = count_items(model, batches)
     estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
-    gradients = {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
+    # to the CPU, where an SVD of this size takes less time than on a GPU
+    gradients = {name: accumulator.grad_OI.cpu() for name, accumulator in accumulators.items()}
     best = {}
     for name, G in gradients.items():
         best[name] = torch.linalg.svdvals(G)[: 2 * RANK].norm() / G.norm()
-    save_file({name: G.cpu() for name, G in gradients.items()}, f"{args.work}/gradient.safetensors")
-    save_file({name: value.cpu() for name, value in best.items()}, f"{args.work}/best.safetensors")
+    save_file(gradients, f"{args.work}/gradient.safetensors")
+    save_file(best, f"{args.work}/best.safetensors")
     return {"layers": len(gradients), "bytes": sum(4 * G.numel() for G in gradients.values())}
 
 
@@ -152,6 +152,7 @@ def measure_all(args: Namespace, results: Results) -> dict[str, dict[str, Any]]:
     names = ("model", "samples", "batch_size", "max_length")
     settings = {name: getattr(args, name) for name in names} | {"r": RANK, "hardware": device_name()}
     settings |= {} if args.model == "smollm2" else {"layers": args.layers}
+    settings |= {} if args.dtype == "float32" else {"dtype": args.dtype}
     wanted = [{"variant": variant, "round": "memory"} for variant in (TRAINING, *args.variants)]
     wanted += [{"variant": variant, "round": number} for number in range(args.rounds) for variant in args.variants]
     gradient = results.find(settings | {"variant": GRADIENT})
@@ -190,6 +191,8 @@ def summary(found: dict[str, dict[str, Any]], variants: list[str], rounds: int) 
 
 def plot(rows: dict[str, dict[str, float]], path: Path, title: str) -> None:
     """Bars: seconds, added memory, alignment."""
+    import matplotlib.pyplot as plt  # here, so that `gpu.py` measures without the extra `plot`
+
     panels = {
         "seconds": ("seconds (median)", 1, "{:.1f}"),
         "added_share": ("memory added to a LoRA step's,\n% of the float32 gradients", 100, "{:.1f} %"),

@@ -21,17 +21,41 @@ Batches = list[dict[str, Tensor]]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def add_model_arguments(parser: ArgumentParser, layers: int) -> None:
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+SHAPES = {
+    "smollm2-shapes": SMOLLM2,
+    "llama2-7b-shapes": LLAMA2_7B,
+    # a tenth of the layers and of the width, to try a benchmark out
+    "smollm2-tenth": SMOLLM2
+    | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 4915}
+    | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "llama2-7b-tenth": LLAMA2_7B
+    | {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 3, "vocab_size": 3200},
+}
+"""Fields of a `LlamaConfig`. Those of Llama-2-7B leave the number of layers to `--layers`; 32 is the whole model."""
+
+
+def add_model_arguments(parser: ArgumentParser, layers: int, dtype: str = "float32") -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--layers", type=int, default=layers, help="of llama2-7b-shapes")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_model(args: Namespace, samples: int, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Batches]:
-    """The model that the arguments name, in `dtype`, and `samples` examples in batches; both on the device."""
-    model, batches = MODELS[args.model](args, samples, dtype)
+def make_model(args: Namespace, samples: int) -> tuple[PreTrainedModel, Batches]:
+    """The model that the arguments name, in `args.dtype`, and `samples` examples in batches; both on the device."""
+    model, batches = MODELS[args.model](args, samples, getattr(torch, args.dtype))
     return model, [{name: value.to(args.device) for name, value in batch.items()} for batch in batches]
 
 
@@ -61,23 +85,17 @@ def smollm2(args: Namespace, samples: int, dtype: torch.dtype) -> tuple[PreTrain
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(args.device), batches
 
 
-def llama2_7b_shapes(args: Namespace, samples: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Batches]:
-    """Random weights in Llama-2-7B's layer shapes, random tokens; `--layers 32` is the whole model."""
+def random_llama(args: Namespace, samples: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Batches]:
+    """Random weights in the shapes of a known model, random tokens of `max_length` each."""
     set_seed(0)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_attention_heads=32,
-        num_hidden_layers=args.layers,
-        vocab_size=32000,
-    )
+    config = LlamaConfig(**{"num_hidden_layers": args.layers} | SHAPES[args.model])
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tokens = torch.randint(0, 32000, (samples, args.max_length))
+    tokens = torch.randint(0, config.vocab_size, (samples, args.max_length))
     return model, [{"input_ids": ids, "labels": ids} for ids in tokens.split(args.batch_size)]
 
 
-MODELS = {"smollm2": smollm2, "llama2-7b-shapes": llama2_7b_shapes}
+MODELS = {"smollm2": smollm2} | dict.fromkeys(SHAPES, random_llama)
 
 
 def lora_config(rank: int, **options) -> LoraConfig:

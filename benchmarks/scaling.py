@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from hardware import device_name, hardware_line
 from results import Results, markdown_table
-from scaling_plot import draw
 from scaling_point import Point, measure
 
 Measured = dict[str, dict[int, list[dict[str, Any]]]]
@@ -168,6 +167,8 @@ def main() -> None:
     print(f"Exponents of the medians of {args.repeats} runs. The base point: {chosen.base}.\n")
     print(exponents_table(found))
     print(f"\n{processes_table(found['processes'])}\n")
+    from scaling_plot import draw  # here, so that `gpu.py` measures without the extra `plot`
+
     by_quantity = {axis: {quantity: curve(runs, quantity) for quantity in QUANTITIES} for axis, runs in found.items()}
     print(draw(by_quantity, f"{device_name()}. Base point: {chosen.base}."))
 

@@ -101,6 +101,17 @@ def worker(point: Point, out: Path) -> None:
         assert dist.get_backend() == backend
     assert world_size() == point.processes
 
+    found = measure_here(point, device)
+    if rank() == 0:
+        out.write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        os._exit(0)  # with gloo the interpreter's own end aborts now and then, when all is done
+
+
+def measure_here(point: Point, device: torch.device) -> dict[str, Any]:
+    """What this process, together with its siblings, finds."""
     set_seed(0)
     model = random_llama(point, device)
     batches = random_batches(point, device)[rank() :: world_size()]
@@ -111,18 +122,12 @@ def worker(point: Point, out: Path) -> None:
     report = initialize_lora_ga(model, batches, OPTIONS, disable_tqdm=True)
 
     peaks = gather_objects(report.extra_peak_bytes)
-    found = {
+    return {
         "seconds": max(gather_objects(report.seconds)),
         "extra_peak_bytes": None if None in peaks else max(peaks),
         "all_reduced_bytes": report.all_reduced_bytes,
         **held_bytes(model),
     }
-    if rank() == 0:
-        out.write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        os._exit(0)  # with gloo the interpreter's own end aborts now and then, when all is done
 
 
 def measure(point: Point) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Training:
     """One variant, ready to take steps."""
 
     def __init__(self, variant: str, args: Namespace):
-        base, (self.batch,) = make_model(args, args.batch_size, getattr(torch, args.dtype))
+        base, (self.batch,) = make_model(args, args.batch_size)
         (rank,) = args.ranks
         self.model = get_peft_model(base, lora_config(rank, rank_pattern=largest_ranks(base, rank))).train()
         if variant == "LoRA-GA":
@@ -147,10 +147,9 @@ def table_row(run: dict[str, Any]) -> list[str]:
 def main():
     on_gpu = torch.cuda.is_available()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add_model_arguments(parser, layers=32 if on_gpu else 1)
+    add_model_arguments(parser, layers=32 if on_gpu else 1, dtype="bfloat16" if on_gpu else "float32")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
     add_variant_arguments(parser)
     args = parser.parse_args()
     if args.variant == TIMES:

@@ -1,6 +1,5 @@
 """Grade-school word problems with worked answers, made on the spot: the offline stand-in for MetaMathQA."""
 
-import reasoning_gym
 from datasets import Dataset
 
 
@@ -14,6 +13,8 @@ def gsm_symbolic(size: int, seed: int) -> Dataset:
 
     The templates repeat: now and then two rows ask the very same question.
     """
+    import reasoning_gym  # here, so that the recipes run on other data without it
+
     problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
     return Dataset.from_list(
         [
