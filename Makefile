@@ -3,6 +3,7 @@
 # oldest versions that setup.cfg admits.   make package: wheel and sdist into dist/, the wheel tried in an environment of its own.
 # make docs: the pages of docs/ as a site in site/.
 # Each creates .venv or uses the one that is there. VENV=path chooses another.
+# make gpu: tests and benchmarks on one GPU, in the environment of `python3` (PYTHON=path chooses another); it installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH := $(shell grep -E '^torch==' constraints.txt)
@@ -13,7 +14,7 @@ PYTEST := $(shell grep -E '^pytest==' constraints.txt)
 TWO_PROCESSES := $(shell grep -lE '^(from|import) launching' tests/test_*.py)
 CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume)
 
-.PHONY: demo test test-one-process test-two-processes test-lower-bounds lint docs package
+.PHONY: demo test test-one-process test-two-processes test-lower-bounds gpu lint docs package
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
@@ -30,6 +31,9 @@ test-two-processes: $(VENV)/test.installed
 # DeepSpeed is an extra, with bounds of its own.
 test-lower-bounds: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/python -m pytest $(CORE) -k "not zero3"
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/lint.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
