@@ -178,7 +178,9 @@ def tests(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
     options += ["--one-of-each"] if sizes is TENTH else []
     status = pytest.main([*options, str(ROOT / "tests/gpu")], plugins=[Count()])
     says = ", ".join(f"{len(names)} {outcome}" for outcome, names in counts.items())
-    yield Row("tests/gpu", counts, f"{says} {counts['failed'] or ''}".strip(), failed=status != 0)
+    if status != 0:  # also where nothing could be collected
+        says += f" (pytest's exit status {int(status)}): {', '.join(counts['failed'])}"
+    yield Row("tests/gpu", counts, says, failed=status != 0)
 
 
 def step_cost(model: Model, sizes: Sizes, time_left: Callable[[], float]) -> Rows:
