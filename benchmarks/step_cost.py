@@ -19,7 +19,7 @@ On paper, floating-point operations per token for O×I weights:
 
 so the ratio of steps is (4·O·I + 10·R·(O + I)) / (4·O·I + 6·R·(O + I)), which is over 1.03 where R is over about
 O·I / (O + I) / 32: 64 for 4096×4096, 9 for 576×576. In memory LoRA-GA has A0 and B0 besides, R·(O + I) numbers a weight, and
-for the moment of each product the joined matrix.
+from the forward to the backward the joined matrices, where LoRA under autocast has its own in bfloat16: half as large.
 
 A finished run is appended to `results/step_cost.jsonl` and not made again; remove its line to measure anew.
 """

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .backends import compute_device, full_tensor, is_sharded, write_parameter
 from .delta_product import join_a, join_b, multiply_a, multiply_b
+from .joined_weight import joined_weight
 
 
 class DeltaHalf(nn.Module):
@@ -69,7 +70,7 @@ class OffsetHalf(DeltaHalf):
 
     @property
     def weight(self) -> Tensor:
-        return self.join(self.trainable, self.frozen, self.history)
+        return joined_weight(self.trainable, lambda: self.join(self.trainable, self.frozen, self.history))
 
 
 class DeltaA(OffsetHalf):
@@ -122,10 +123,10 @@ class SumA(DeltaHalf):
 
     @property
     def weight(self) -> Tensor:
-        return self.join(self.trainable, self.frozen)
+        return joined_weight(self.trainable, lambda: self.join(self.trainable, self.frozen))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.join(self.trainable, self.frozen))
 
 
 def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -179,6 +180,20 @@ def attach_delta_form(layers: dict[str, LoraLayer], adapter_name: str, offset: b
             layer.lora_A[adapter_name] = SumA(lora_A.weight)
         layer.set_adapter = MethodType(_set_adapter, layer)
         layer.set_requires_grad = MethodType(_set_requires_grad, layer)
+        layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
+
+
+def _cast_input_dtype(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x for the adapters, whose parameters have `dtype`: as it is where autocast would undo PEFT's cast to a wider dtype.
+
+    That spares two copies of x in the forward and two of its gradient in the backward. In quantized layers PEFT itself leaves x
+    alone under autocast. Dropout comes between the two casts, and rounds in the dtype that it gets, so there both stay.
+    """
+    is_widened = x.dtype.itemsize < dtype.itemsize
+    drops = any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+    if torch.is_autocast_enabled(x.device.type) and is_widened and not drops:
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 # PEFT switches adapters on and off (`set_adapter`, `disable_adapter`, …) through these two methods of each layer, and

@@ -6,8 +6,9 @@
 g is the gradient at h or at y; g1, g2 are its first and second R columns, h1 the first R columns of h.
 
 Autograd on the joined matrices would multiply out the gradients of all their rows and columns, drop those of A0, B0 and the
-history H, and keep the joined matrices and all of h for the backward. Here nothing is kept but what is used: the parameters,
-to be joined again, x, and of h the R columns that ∂dB needs.
+history H, and keep all of h for the backward. Here nothing is kept but what is used: x, the joined matrices in the dtype that
+they are multiplied in, and of h the R columns that ∂dB needs. The joined A has 2R rows where x has T, so it is little beside
+what is kept anyway; joining anew in the backward would launch five more small kernels per layer.
 
 Floating-point operations per token, without history: 10·R·(O + I), of which 4 forward, 4 for ∂x and ∂h, 2 for ∂dA and ∂dB.
 The joined matrices would take 12, LoRA takes 6. Fewer than 10 is not to be had with W0 untouched: BA − B0A0 has rank 2R.
@@ -42,7 +43,8 @@ def multiply_b(h: Tensor, trainable_OR: Tensor, frozen_OR: Tensor, history: Tens
     """y = h [dB, B0, H_B]ᵀ, like `F.linear` in the dtype that they share, or in autocast's."""
     h = _autocast(h)
     # A copy, since a view would keep all of h; an argument, so that second derivatives find their way through it to h.
-    h1 = h[..., : trainable_OR.shape[1]].contiguous() if trainable_OR.requires_grad else None
+    wanted = torch.is_grad_enabled() and trainable_OR.requires_grad
+    h1 = h[..., : trainable_OR.shape[1]].contiguous() if wanted else None
     return _ProductB.apply(h, h1, trainable_OR, frozen_OR, history)
 
 
@@ -52,26 +54,29 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-# Both save the parameters themselves, no copies: ZeRO-3 and FSDP2 free them after the forward and gather them again for the
-# backward. Autocast is off there, so what it did to the parameters is written out, and their gradients get their dtype.
+# The parameters are saved for second derivatives, which need to get through the joined matrix to them, and join them once more.
+# Autocast is off in the backward, so gradients are given the dtype of their parameters there.
 
 
 class _ProductA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, trainable_RI: Tensor, frozen_RI: Tensor, history: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, trainable_RI, frozen_RI, history)
-        return F.linear(x, join_a(trainable_RI, frozen_RI, history))
+        joined_KI = _autocast(join_a(trainable_RI, frozen_RI, history))
+        needs_x, needs_trainable, *_ = ctx.needs_input_grad
+        kept = x if needs_trainable else None, joined_KI if needs_x else None
+        ctx.save_for_backward(*kept, trainable_RI, frozen_RI, history)
+        return F.linear(x, joined_KI)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        x, trainable_RI, frozen_RI, history = ctx.saved_tensors
+        x, joined_KI, *halves = ctx.saved_tensors
+        rank, dtype = len(halves[0]), halves[0].dtype
         grad_x = grad_RI = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ join_a(trainable_RI, frozen_RI, history).to(g.dtype)
+            grad_x = g @ (join_a(*halves).to(g.dtype) if torch.is_grad_enabled() else joined_KI)
         if ctx.needs_input_grad[1]:
-            rank, in_features = trainable_RI.shape
             g_TR = (g[..., :rank] + g[..., rank : 2 * rank]).reshape(-1, rank)
-            grad_RI = (g_TR.T @ x.reshape(-1, in_features)).to(trainable_RI.dtype)
+            grad_RI = (g_TR.T @ x.reshape(-1, x.shape[-1])).to(dtype)
         return grad_x, grad_RI, None, None
 
 
@@ -80,17 +85,20 @@ class _ProductB(torch.autograd.Function):
     def forward(
         ctx, h: Tensor, h1: Tensor | None, trainable_OR: Tensor, frozen_OR: Tensor, history: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(h1, trainable_OR, frozen_OR, history)
-        return F.linear(h, join_b(trainable_OR, frozen_OR, history))
+        joined_OK = _autocast(join_b(trainable_OR, frozen_OR, history))
+        kept = h1, joined_OK if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*kept, trainable_OR, frozen_OR, history)
+        return F.linear(h, joined_OK)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        h1, trainable_OR, frozen_OR, history = ctx.saved_tensors
+        h1, joined_OK, *halves = ctx.saved_tensors
         grad_h = grad_OR = None
         if ctx.needs_input_grad[0]:
-            grad_h = g @ join_b(trainable_OR, frozen_OR, history).to(g.dtype)
+            grad_h = g @ (join_b(*halves).to(g.dtype) if torch.is_grad_enabled() else joined_OK)
         if ctx.needs_input_grad[2]:
-            out_features, rank = trainable_OR.shape
-            # h1ᵀ g and not gᵀ h1: on the CPU a product with few columns takes up to twice as long as one with few rows
-            grad_OR = (h1.reshape(-1, rank).T @ g.reshape(-1, out_features)).T.to(trainable_OR.dtype)
+            # h1ᵀ g and not gᵀ h1: on the CPU a product with few columns takes up to twice as long as one with few rows.
+            # Contiguous like the parameter, in one copy with the cast, or autograd would copy it once more.
+            grad_RO = h1.reshape(-1, h1.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+            grad_OR = grad_RO.T.to(halves[0].dtype, memory_format=torch.contiguous_format).contiguous()
         return grad_h, None, grad_OR, None, None

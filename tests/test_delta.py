@@ -1,10 +1,13 @@
 """The delta form is the paper's function, exactly zero at the start, and safe under what PEFT does to adapters."""
 
+from collections import Counter
+
 import dense_reference
 import pytest
 import torch
 from tiny import CONFIGS, lora_config, peft_pair, tiny_batches
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ga_trainer.delta import DeltaA, DeltaB, SumA, attach_delta_form, check_targets, lora_layers, write_factors
 
@@ -132,6 +135,134 @@ def test_lora_bias_still_trains(offset):
     model, _, layers = attached("qwen2", offset=offset, target_modules=["q_proj"], lora_bias=True)
     biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     assert len(biases) == len(layers)
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch runs inside, but for views, which do nothing to the numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            self.counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def training_model(kind, dtype, **lora):
+    """A model to train as TRL does: the adapter in float32 whatever the base is in."""
+    model, _ = peft_pair(dtype=dtype, **lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    layers = lora_layers(model, "default")
+    if kind != "LoRA":
+        attach_delta_form(layers, "default", offset=kind == "offset")
+        randomize(layers)
+    return model.train(), layers
+
+
+def under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(**tiny_batches()[0]).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["offset", "no offset"])
+def test_a_step_runs_few_more_operations_than_loras(kind, dtype):
+    """Small models wait for the start of each. At most 1.12 times LoRA's over 14 target layers: 5 more in each (A0 + dA, two
+    joins, g1 + g2, the part of h that is kept), less the copies of x that autocast makes needless; without the offset one."""
+    found = {}
+    for name in ("LoRA", kind):
+        model, layers = training_model(name, dtype)
+        under_autocast(model).backward()  # the second backward adds to gradients, as all later ones
+        with Operations() as operations:
+            under_autocast(model).backward()
+        found[name] = operations.counts.total()
+    assert len(layers) == 14
+    assert found[kind] <= 1.12 * found["LoRA"]
+
+
+@BOTH_FORMS
+def test_a_forward_joins_each_half_once(offset):
+    """PEFT asks for the dtype of `lora_A.weight` in every forward, for each token in generation; that joins nothing."""
+    model, layers = training_model("offset" if offset else "no offset", torch.float32)
+    inputs = tiny_batches()[0]["input_ids"][:, :1]
+
+    def counts():
+        with torch.no_grad(), Operations() as operations:
+            model.eval()(inputs)
+        return operations.counts
+
+    found = counts()
+    with model.disable_adapter():
+        found -= counts()
+    cat, add, mm = torch.ops.aten.cat.default, torch.ops.aten.add.Tensor, torch.ops.aten.mm.default
+    assert found[cat] == (2 * len(layers) if offset else 0)
+    assert found[add] == 2 * len(layers)  # A0 + dA, and PEFT's sum with W0 x
+    assert found[mm] == 2 * len(layers)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cast_that_is_left_out_changes_no_bit(dtype, dropout):
+    """Under autocast x is not made float32 before it is made bf16 again, unless dropout comes between."""
+    found = []
+    for peft_casts in (False, True):
+        model, layers = training_model("offset", dtype, lora_dropout=dropout)
+        if peft_casts:
+            for layer in layers.values():
+                del layer._cast_input_dtype
+        torch.manual_seed(0)
+        loss = under_autocast(model)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * len(layers)
+    assert all(torch.equal(ours, pefts) for ours, pefts in zip(*found, strict=True))
+
+
+@BOTH_FORMS
+def test_the_weight_that_peft_reads_is_a_tensor(offset):
+    """Of its own class only as long as nothing but its dtype is asked for; then the joined matrix, with derivatives."""
+    _, _, layers = attached(offset=offset)
+    randomize(layers)
+    half = layers["base_model.model.model.layers.0.self_attn.k_proj"].lora_A["default"]
+    weight, joined = half.weight, half.join(*half.parameters(), *((None,) if offset else ()))
+    assert weight.dtype == joined.dtype and isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.device, weight.requires_grad) == (joined.shape, joined.device, True)
+    for use in (
+        torch.clone,
+        torch.detach,
+        torch.t,
+        lambda w: w @ w.T,
+        lambda w: torch.stack([w, w]),
+        lambda w: w.float(),
+    ):
+        assert type(use(weight)) is torch.Tensor and torch.equal(use(weight), use(joined))
+    (grad,) = torch.autograd.grad(weight.square().sum(), half.trainable)
+    (reference,) = torch.autograd.grad(joined.square().sum(), half.trainable)
+    assert torch.equal(grad, reference)
+    before = weight.clone()
+    with torch.no_grad():
+        half.trainable.add_(1)
+    assert torch.equal(half.weight, half.join(*half.parameters(), *((None,) if offset else ())))
+    assert not torch.equal(half.weight, before)
+
+
+@BOTH_FORMS
+def test_torch_compile_takes_a_layer_whole(offset):
+    """One graph, without breaks, with PEFT's own lines around the halves."""
+    _, _, layers = attached(offset=offset)
+    randomize(layers)
+    layer = layers["base_model.model.model.layers.0.mlp.up_proj"]
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    # float32, in whatever order the compiler adds
+    assert torch.allclose(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_rank_too_large_names_the_layer_and_the_remedy():

@@ -138,20 +138,24 @@ def test_without_the_offset_the_products_are_those_of_lora():
 
 
 def test_only_what_the_gradients_need_is_kept():
+    """Besides the parameters: x, of h the columns that ∂dB needs, and the joined matrices; without ∂dA, ∂dB only the last."""
     A, B, x, _ = halves()
-    kept = []
+    kept, K = [], 2 * RANK + HISTORY
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         delta(A, B, x)
     ours = {tensor.data_ptr() for half in (A, B) for tensor in (half.trainable, half.frozen, half.history)}
-    activations = [tensor for tensor in kept if tensor.data_ptr() not in ours]
-    assert [tensor.untyped_storage().nbytes() // 8 for tensor in activations] == [TOKENS * IN, TOKENS * RANK]
+
+    def numbers_of_others():
+        return [tensor.untyped_storage().nbytes() // 8 for tensor in kept if tensor.data_ptr() not in ours]
+
+    assert numbers_of_others() == [TOKENS * IN, K * IN, TOKENS * RANK, OUT * K]
 
     for half in (A, B):
         half.trainable.requires_grad_(False)
     kept.clear()
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         delta(A, B, x)
-    assert {tensor.data_ptr() for tensor in kept} == ours
+    assert numbers_of_others() == [K * IN, OUT * K]
 
 
 def test_autocast_keeps_the_input_in_its_own_precision():
