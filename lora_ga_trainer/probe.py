@@ -85,7 +85,8 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
                 )
             return _Tap.apply(output, args[0].detach(), anchor, receive_2d)
 
-        return hook
+        # a compiled function around the layers stops here; those inside them, such as flex attention, stay compiled
+        return torch.compiler.disable(hook)
 
     with ExitStack() as stack:
         for name, receive in receivers.items():
@@ -187,6 +188,31 @@ def noise_free_training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled_modules(model: nn.Module) -> Iterator[None]:
+    """While inside, the modules that were compiled, in place or in a wrapper, run as they were written.
+
+    Compiling them anew for the taps would cost more than it saves, and count towards the limit of recompilations. Not
+    `torch.compiler.set_stance("force_eager")`, which would stop the functions that a model compiles for itself too: without
+    compilation flex attention makes the whole matrix of scores.
+    """
+    from torch._dynamo import OptimizedModule  # not above: it takes seconds
+
+    in_place = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    wrappers = {module: module.forward for module in model.modules() if isinstance(module, OptimizedModule)}
+    try:
+        for module in in_place:
+            module._compiled_call_impl = None
+        for module in wrappers:
+            module.forward = module._orig_mod.__call__
+        yield
+    finally:
+        for module, call in in_place.items():
+            module._compiled_call_impl = call
+        for module, forward in wrappers.items():
+            module.forward = forward
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Whatever is drawn inside, the random states of Python, NumPy and torch (CPU and all accelerators) come out unchanged."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -235,8 +261,7 @@ def gradient_probe(
         ValueError: on leaving, if a quantized layer has no backward.
     """
     with (
-        # nothing is compiled for the taps, which would cost more than it saves and count towards the limit of recompilations
-        torch.compiler.set_stance("force_eager"),
+        uncompiled_modules(model),
         preserved_rng(),
         noise_free_training_mode(model),
         tapped(layers, receivers) as anchor,

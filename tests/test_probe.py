@@ -9,6 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import peft_pair, tiny_batches
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lora_ga_trainer import LoRAGAArguments
 from lora_ga_trainer.delta import delta_layers
@@ -143,6 +146,67 @@ def test_running_statistics_are_neither_written_nor_replaced():
     assert largest_relative_error(found[1], found[0]) < 1e-5  # float32 sums in another order
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
     assert not base[1].training
+
+
+# --- torch.compile: the Trainer's own is in test_training_options ---------------------------------------------------
+
+
+def compile_layers_in_place(model, backend):
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+
+
+def wrap_layers(model, backend):
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend=backend)
+
+
+def compile_forward(model, backend):
+    model.model.forward = torch.compile(model.model.forward, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("compile_model", "runs_compiled"),
+    [(compile_layers_in_place, False), (wrap_layers, False), (compile_forward, True)],
+)
+def test_a_compiled_model_gives_the_same_gradient(compile_model, runs_compiled):
+    """Compiled modules run as they were written; a compiled function around the layers stops at every tap."""
+    batches, compiled_graphs = tiny_batches(), []
+    reference = estimated_gradients(peft_pair()[0], batches)
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, _ = peft_pair()
+    compile_model(model.get_base_model(), backend)
+    found = estimated_gradients(model, batches)
+    found = {name.replace("._orig_mod", ""): gradient for name, gradient in found.items()}
+    assert largest_relative_error(found, reference) == 0.0  # the same operations, in the same order
+    assert bool(compiled_graphs) == runs_compiled
+    compiled_graphs.clear()
+    torch._dynamo.reset()
+    model(batches[0]["input_ids"])
+    assert compiled_graphs  # it has come out compiled
+
+
+def test_functions_that_a_model_compiles_for_itself_stay_compiled():
+    """As flex attention is, which uncompiled makes the whole matrix of scores. Its own backward needs a GPU; this is SDPA's."""
+    batches, runs = tiny_batches((3, 5)), []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    torch._dynamo.reset()
+    AttentionInterface.register("compiled_sdpa", torch.compile(sdpa_attention_forward, backend=backend))
+    AttentionMaskInterface.register("compiled_sdpa", sdpa_mask)
+    model, base = peft_pair()
+    model.get_base_model().set_attn_implementation("compiled_sdpa")
+    found = estimated_gradients(model, batches)
+    assert len(runs) == len(batches) * base.config.num_hidden_layers
+    # float32 through two layers, summed in another order
+    assert largest_relative_error(found, dense_reference.autograd_gradients(base, found, batches)) < 1e-5
 
 
 def snapshot(model):
