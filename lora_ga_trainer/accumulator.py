@@ -4,7 +4,7 @@ Shapes: O out features, I in features, T tokens, K sketch width, H held-out colu
 
 Both accumulators have one interface. `passes` is how often the same examples have to stream by; in each pass every
 batch is given to `add`, then `end_pass` is called once; after the last pass `triplets` gives the result. Everything is
-accumulated in float32, whatever the dtype of x and dy.
+accumulated in float32, whatever the dtype of x and dy; see `product`.
 """
 
 import torch
@@ -19,6 +19,45 @@ The relative standard error of the missed energy is at most √(2/8) = 50 %, and
 """
 
 
+def operands(x_TI: Tensor, dy_TO: Tensor) -> tuple[Tensor, Tensor]:
+    """x and dy as `product` takes them: both bfloat16, where the device multiplies that into float32, or both float32.
+
+    The device is CUDA: torch documents `torch.mm(out_dtype=)`, there since 2.8, for no other, and CPUs have no such kernel. Not
+    `torch.addmm(out_dtype=)`, which takes no float32 summand in 2.8. float16 has too few exponents for the parts of xP and dyQ.
+    """
+    if x_TI.dtype == dy_TO.dtype == torch.bfloat16 and x_TI.is_cuda and torch.version.hip is None:
+        return x_TI, dy_TO
+    return x_TI.float(), dy_TO.float()
+
+
+def product(a_MT: Tensor, b_TN: Tensor) -> Tensor:
+    """A B in float32, summed in float32, of matrices that have come through `operands`, or been made of them.
+
+    Products of two bfloat16 numbers are exact in float32. A float32 matrix beside a bfloat16 one enters as the sum of two in
+    bfloat16, which is off by at most 2⁻¹⁷ of each number, 256 times less than its bfloat16 partner was rounded by.
+    """
+    if a_MT.dtype == b_TN.dtype:
+        return a_MT @ b_TN if a_MT.dtype == torch.float32 else torch.mm(a_MT, b_TN, out_dtype=torch.float32)
+    if b_TN.dtype == torch.bfloat16:
+        return product(b_TN.T, a_MT.T).T
+    first, second = torch.mm(a_MT, in_two_parts(b_TN), out_dtype=torch.float32).chunk(2, dim=1)
+    return first + second
+
+
+def in_two_parts(b_TN: Tensor) -> Tensor:
+    """[B₁, B₂] (T×2N, bfloat16) with B = B₁ + B₂ but for 2⁻¹⁷ of each number of B (float32)."""
+    first = b_TN.to(torch.bfloat16)
+    return torch.cat([first, (b_TN - first).to(torch.bfloat16)], dim=1)
+
+
+def add_product(sum_MN: Tensor, a_MT: Tensor, b_TN: Tensor) -> None:
+    """sum += A B, all as in `product`; in float32 without a matrix in between."""
+    if a_MT.dtype == b_TN.dtype == torch.float32:
+        sum_MN.addmm_(a_MT, b_TN)
+    else:
+        sum_MN.add_(product(a_MT, b_TN))
+
+
 class ExactGradient:
     """The whole gradient G (O×I, float32). The reference, and the smaller of the two for small layers."""
 
@@ -28,7 +67,8 @@ class ExactGradient:
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """G += dyᵀ x."""
-        self.grad_OI.addmm_(dy_TO.T, x_TI)
+        x_TI, dy_TO = operands(x_TI, dy_TO)
+        add_product(self.grad_OI, dy_TO.T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
@@ -97,8 +137,9 @@ class GradientSketch:
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
-        self.range_OK.addmm_(dy_TO.T, x_TI @ self.right_IK)
-        self.corange_KI.addmm_((dy_TO @ self.left_OK).T, x_TI)
+        x_TI, dy_TO = operands(x_TI, dy_TO)
+        add_product(self.range_OK, dy_TO.T, product(x_TI, self.right_IK))
+        add_product(self.corange_KI, product(dy_TO, self.left_OK).T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""

@@ -55,7 +55,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, Tensor], None]]) -> Iterator[Tensor]:
-    """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in float32.
+    """While inside, every backward gives `receivers[name]` the x (T×I) and dy (T×O) of layer `name`, in their own dtypes.
 
     dy is the gradient at the output of the whole PEFT layer, which is that of W plus that of its adapter, so also the
     gradient at the output of W.
@@ -75,7 +75,7 @@ def tapped(layers: dict[str, LoraLayer], receivers: dict[str, Callable[[Tensor, 
     def tap(name: str, receive: Callable[[Tensor, Tensor], None]):
         def receive_2d(x: Tensor, dy: Tensor) -> None:
             with torch.autocast(dy.device.type, enabled=False):
-                receive(x.reshape(-1, x.shape[-1]).float(), dy.reshape(-1, dy.shape[-1]).float())
+                receive(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if not isinstance(output, Tensor):
@@ -251,7 +251,7 @@ def gradient_probe(
     Args:
         model: the module that runs (not its DDP or DeepSpeed wrapper).
         layers: the adapted layers by name.
-        receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), float32.
+        receivers: for each layer to watch, what takes its x (T×I) and dy (T×O), each in its own dtype.
         adapter_is_zero: the adapter adds nothing yet, and need not be computed.
 
     Yields:

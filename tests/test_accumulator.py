@@ -3,8 +3,10 @@
 import dense_reference
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
+from lora_ga_trainer.accumulator import ExactGradient, GradientSketch, in_two_parts
 from lora_ga_trainer.factors import Scales, lora_ga_factors
 
 O, I, RANK = 96, 128, 4
@@ -121,3 +123,51 @@ def test_seeds_decide_the_test_matrices():
     assert torch.equal(first.right_IK, same.right_IK) and torch.equal(first.left_OK, same.left_OK)
     assert not torch.equal(first.right_IK, other.right_IK)
     assert not torch.equal(first.right_IK[:O, : first.width], first.left_OK)
+
+
+# --- 16 bits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)], ids=str
+)
+def test_sixteen_bits_lose_nothing(dtypes):
+    """The sums are those of the same numbers in float32, to the bit where both are multiplied in float32, as on a CPU."""
+    x, dy = (part.to(dtype) for part, dtype in zip(stream(), dtypes, strict=True))
+    for make in (lambda: ExactGradient(O, I, CPU), lambda: GradientSketch(O, I, 24, 2, 0, CPU)):
+        found, reference = run(make(), x, dy, 100), run(make(), x.float(), dy.float(), 100)
+        assert all(torch.equal(*sums) for sums in zip(found.sums(), reference.sums(), strict=True))
+
+
+def test_two_parts_in_bfloat16_make_a_float32():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(400, 24, generator=generator) * 2.0 ** torch.randint(-30, 30, (400, 24), generator=generator)
+    first, second = in_two_parts(whole).double().chunk(2, dim=1)
+    # each part rounds to nearest at 8 bits: 2^-9 of what is left, twice, and less than one power of two between the two
+    assert ((first + second - whole).abs() <= 2.0**-17 * whole.abs()).all()
+
+
+class LargestFloat32(TorchDispatchMode):
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_on_cuda_bfloat16_is_multiplied_as_it_is():
+    """On torch's tensors without numbers, since this runs without a GPU: shapes, dtypes, and no copy of dy or x in float32."""
+    tokens, K = 1000, 24
+    sketch, exact = GradientSketch(O, I, K, 2, 0, CPU), ExactGradient(O, I, CPU)
+    with FakeTensorMode():
+        x, dy = (torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for n in (I, O))
+        for accumulator, names in ((sketch, ("left_OK", "right_IK", "range_OK", "corange_KI")), (exact, ("grad_OI",))):
+            for name in names:
+                setattr(accumulator, name, torch.empty(getattr(accumulator, name).shape, device="cuda"))
+            with LargestFloat32() as largest:
+                accumulator.add(x, dy)
+            assert all(total.dtype == torch.float32 and total.device.type == "cuda" for total in accumulator.sums())
+            # the product with both parts of a basis and of the test columns; the gradient
+            assert largest.numbers == (tokens * 2 * (K + 8) if accumulator is sketch else O * I)
