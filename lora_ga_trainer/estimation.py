@@ -197,7 +197,7 @@ def estimate_gradients(
         for pass_number in range(1, passes + 1):
             progress.set_description(f"LoRA-GA gradient, pass {pass_number} of {passes}{share}")
             summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
-            problem = None
+            losses: list[Tensor] = []
             receivers: dict[str, Callable[[Tensor, Tensor], None]] = {
                 name: accumulator.add for name, accumulator in summing.items()
             }
@@ -205,10 +205,11 @@ def estimate_gradients(
                 for index, (batch, weight) in enumerate(weighted):
                     # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
                     loss = compute_loss(model, send_to_device(dict(batch), device), num_items)
-                    problem = problem or _loss_problem(loss, index)
+                    _check_reached(loss, index)
+                    losses.append(loss.detach().reshape(()))
                     backward(loss * (weight * loss_scale))
                     progress.update(count_examples(batch) if weight else 0)
-            raise_on_all(problem)
+            raise_on_all(_loss_problem(losses))
             bytes_of_passes.append(_finish_sums(summing, loss_scale))
             for accumulator in summing.values():
                 accumulator.end_pass()
@@ -245,17 +246,23 @@ def even_batches(batches: list[dict[str, Tensor]]) -> list[tuple[dict[str, Tenso
     return weighted + [(idle_batches[0], 0.0)] * (max(counts) - len(batches))
 
 
-def _loss_problem(loss: Tensor, index: int) -> str | None:
+def _check_reached(loss: Tensor, index: int) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"The loss of batch {index} for LoRA-GA does not depend on any target layer. Check `target_modules` "
             "against the layers that the forward pass really runs."
         )
-    if torch.isfinite(loss):
+
+
+def _loss_problem(losses: list[Tensor]) -> str | None:
+    """Of a whole pass, so that the accelerator is not waited for after every batch."""
+    values = torch.stack(losses).tolist()
+    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is None:
         return None
     process = f" on process {rank()}" if world_size() > 1 else ""
     return (
-        f"The loss of batch {index} for LoRA-GA{process} is {loss.item()}, so there is no gradient to start from. Look for "
+        f"The loss of batch {bad} for LoRA-GA{process} is {values[bad]}, so there is no gradient to start from. Look for "
         "NaN or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
     )
 
@@ -271,11 +278,16 @@ def whole_list(names: list[str]) -> str:
 
 def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
     """A layer that would be left at vanilla LoRA, or worse, is an error that names it; never a silent fallback."""
-    for problem, is_bad in {
-        "no gradient (it is exactly zero)": lambda total: not total.any(),
-        "a gradient with NaN or Inf": lambda total: not torch.isfinite(total).all(),
-    }.items():
-        bad = [name for name, acc in accumulators.items() if any(is_bad(total) for total in acc.sums())]
+    # all layers' answers wait for the accelerator once; a model may be split over several
+    answers = [
+        torch.stack([torch.stack([total.any(), total.isfinite().all()]) for total in acc.sums()]).all(dim=0)
+        for acc in accumulators.values()
+    ]
+    found = torch.stack([answer.to(answers[0].device) for answer in answers]).T.tolist()
+    for problem, are_good in zip(
+        ("no gradient (it is exactly zero)", "a gradient with NaN or Inf"), found, strict=True
+    ):
+        bad = [name for name, is_good in zip(accumulators, are_good, strict=True) if not is_good]
         if bad:
             raise ValueError(
                 f"{len(bad)} of {len(accumulators)} target layers get {problem}: {whole_list(bad)}. LoRA-GA "

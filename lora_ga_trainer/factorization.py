@@ -44,7 +44,7 @@ def write_all_factors(
                 problem = f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
     raise_on_all(problem)
 
-    reports = {}
+    to_tell = []
     for name, layer in layers.items():
         R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
         device = compute_device(layer.lora_A[adapter_name].trainable)
@@ -55,12 +55,16 @@ def write_all_factors(
             parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, numbers]
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
-        a, b, singular_values, numbers = flat.split([R * I, O * R, 2 * R, 2])
+        a, b, numbers = flat.split([R * I, O * R, 2 * R + 2])
         if restart:
             freeze_trained(layer, adapter_name)
         write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
-        layer_alignment, gradient_norm = numbers.tolist()
-        reports[name] = LayerReport(layer_alignment, singular_values.tolist(), gradient_norm)
+        to_tell.append(numbers.clone())  # a part of `flat` would keep all of it
+    # after the loop, which so waits for no layer's broadcast and write
+    reports = {}
+    for name, numbers in zip(layers, to_tell, strict=True):
+        *singular_values, layer_alignment, gradient_norm = numbers.tolist()
+        reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm)
     return reports
 
 
