@@ -1,6 +1,8 @@
 """How a run is launched, what LoRA-GA cannot do under which launch, and who can resume whose checkpoints."""
 
+import glob
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -173,3 +175,16 @@ def check_resumable_launch(saved: Launch, present: Launch) -> None:
         "a new run from the exported weights (`python -m lora_ga_trainer.checkpoint --checkpoint_dir ... --out ... --merge`). "
         "Only DDP, one process included, and FSDP2 can resume with another number of processes."
     )
+
+
+def check_resume_path(present: Launch, directory: Path) -> None:
+    """Refuse a checkpoint that DeepSpeed 0.19 would look for under other names: it takes the path for a pattern.
+
+    Raises:
+        ValueError: under ZeRO the path has a '*', '?' or '['.
+    """
+    if present.backend.startswith("ZeRO") and glob.escape(str(directory)) != str(directory):
+        raise ValueError(
+            f"The checkpoint {directory} cannot be resumed under {present.backend}: DeepSpeed takes '*', '?' and '[' in its "
+            "path for a pattern and would read other files. Rename the folder."
+        )

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Trainer
 from trl import TrlParser
 
 from lora_ga_trainer.backends import gather_objects, rank
-from lora_ga_trainer.cli.parsing import resume_choice
+from lora_ga_trainer.cli.parsing import config_keys, errors_as_messages, resume_choice
 from lora_ga_trainer.evaluation.loading import model_settings
 from lora_ga_trainer.evaluation.results import evaluation_settings, open_evaluation
 
@@ -38,6 +38,7 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
     config = Path(set_here.get("config", CONFIGS / f"{recipe.name}_demo.yaml"))
     if not config.is_file():
         raise ValueError(f"`config` is {config}, but there is no such file. The recipes' own are in {CONFIGS}.")
+    config_keys(str(config))
     if "config" not in set_here:
         argv = ["--config", str(config), *argv]
 
@@ -113,11 +114,12 @@ def run(recipe: Recipe) -> None:
     """The recipe as a program."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lora_ga_trainer").setLevel(logging.INFO)
-    options = parse(recipe, sys.argv[1:])
-    if options.training.world_size == 1 and options.training.device.type == "cpu":
-        torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
-    if "--config" not in sys.argv:
-        PartialState().print(f"What is not on the command line comes from {CONFIGS / recipe.name}_demo.yaml.")
-    trainer = finetune(recipe, options)
-    trainer.accelerator.wait_for_everyone()  # before any process leaves the group
-    trainer.accelerator.end_training()
+    with errors_as_messages():
+        options = parse(recipe, sys.argv[1:])
+        if options.training.world_size == 1 and options.training.device.type == "cpu":
+            torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
+        if "--config" not in sys.argv:
+            PartialState().print(f"What is not on the command line comes from {CONFIGS / recipe.name}_demo.yaml.")
+        trainer = finetune(recipe, options)
+        trainer.accelerator.wait_for_everyone()  # before any process leaves the group
+        trainer.accelerator.end_training()

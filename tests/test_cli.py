@@ -34,6 +34,16 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory) -> Path:
+    """A run's folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    word_problems().to_json(folder / "rows.jsonl")
+    words = ["--model_name_or_path", model, "--dataset_path", str(folder / "rows.jsonl")]
+    main(["sft", *words, *options(folder / "out", max_steps=2)])
+    return folder / "out"
+
+
 @pytest.fixture
 def data(tmp_path) -> str:
     word_problems().to_json(tmp_path / "rows.jsonl")
@@ -250,6 +260,38 @@ def test_what_sft_refuses(model, data, tmp_path, words, message):
     said = error_of(["sft", "--model_name_or_path", model, "--dataset_path", data, *options(tmp_path / "out"), *words])
     assert re.search(message, said)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sft", "--dataset_name", "{data}"], "`dataset_name` is '.*', which is a file.*Pass the file as `dataset_path`"),
+        (["sft", "--dataset_name", "{folder}/empty"], "cannot be loaded.*contain any data files.*as `dataset_path`"),
+        (["sft", "--dataset_path", "{folder}/a::b.jsonl"], "has '::' in its name"),
+        (["sft", "--dataset_path", "{data}", "--model_name_or_path", "{folder}/nowhere"], "nowhere"),
+        (["sft", "--dataset_path", "{data}", "--model_name_or_path", "{folder}/damaged"], "header"),
+        (["sft", "--dataset_path", "{data}", "--output_dir", "{data}/out"], "Not a directory"),
+        (["export", "--checkpoint_dir", "{folder}", "--out", "{data}/out"], "has no adapter_config.json"),
+        (["inspect", "{folder}/run", "--out", "{data}/out"], "Not a directory"),
+        (["compare", "{folder}/run", "--out", "{data}/out"], "Not a directory"),
+        (["eval", "gsm8k", "--base", "{folder}/nowhere", "--evaluation_file", "{data}"], "has no column 'question'"),
+        (["eval", "gsm8k", "--base", "{model}", "--evaluation_file", "{items}", "--output", "{data}/out"], "Not a dir"),
+    ],
+)  # fmt: skip
+def test_files_and_folders_that_cannot_be_used_end_in_one_line(model, data, finished, tmp_path, command, message):
+    """Whatever the system or a hub says: errors of the kind `OSError`, which no option's check has found before."""
+    (tmp_path / "a::b.jsonl").write_text('{"text": "w1"}\n')
+    (tmp_path / "items.jsonl").write_text('{"question": "w1", "answer": "#### 1"}\n')
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(model, tmp_path / "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(finished, tmp_path / "run")
+    names = {"data": data, "folder": tmp_path, "model": model, "items": tmp_path / "items.jsonl"}
+    words = [word.format(**names) for word in command]
+    if command[0] == "sft":
+        words = ["sft", "--model_name_or_path", model, *options(tmp_path / "out", max_steps=1), *words[1:]]
+    said = error_of(words)
+    assert re.search(message, said) and "\n" not in said
 
 
 def test_a_yaml_key_that_does_not_exist(tmp_path, model):

@@ -13,7 +13,7 @@ from alpaca_demo import alpaca_demo
 from code_feedback import to_prompt_completion as code_prompt_completion
 from codeio import codeio
 from data import load_rows, prepare
-from finetune import finetune, parse
+from finetune import finetune, parse, run
 from gsm_symbolic import gsm_symbolic
 from launching import ended_well
 from metamath import MathDataArguments
@@ -438,3 +438,24 @@ def test_the_benchmark_is_checked_before_training(tmp_path):
     with pytest.raises(ValueError, match="--allow_code_execution true"):
         finetune(recipe, parse(recipe, [*asked, "--evaluate", "true"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "nowhere.yaml"], "`config` is nowhere.yaml, but there is no such file"),
+        (["--config", "broken.yaml"], "`config` is 'broken.yaml', which is not valid YAML"),
+        (["--model_name_or_path", "no/such/model"], "no/such/model"),
+        (["--dataset_path", "a::b.jsonl"], "has '::' in its name"),
+        (["--output_dir", "broken.yaml/out"], "Not a directory"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "a::b.jsonl").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["metamath.py", *options("metamath", tmp_path), *words])
+    with pytest.raises(SystemExit) as ending:
+        run(RECIPES["metamath"])
+    said = str(ending.value.code)
+    assert said.startswith("error: ") and message in said and "\n" not in said

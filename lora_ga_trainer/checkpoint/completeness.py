@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backends import rank
-from ..launches import Launch, check_resumable_launch
+from ..launches import Launch, check_resumable_launch, check_resume_path
 from ..run_folder import checkpoints_of
 from .adapter_files import adapter_directory, check_adapter
 
@@ -136,7 +136,7 @@ def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> 
 
     Raises:
         ValueError: it is not complete, has other LoRA or `ga_*` settings, does not fit the model, or was saved by a launch
-            whose optimizer state this one cannot read.
+            whose optimizer state this one cannot read; or DeepSpeed would not find it.
     """
     check_complete(directory)
     saved = check_adapter(peft_model, adapter_directory(directory, peft_model.lora_ga.adapter_name))
@@ -146,6 +146,7 @@ def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> 
             "from. Resume from a `checkpoint-N` that a trainer wrote."
         )
     check_resumable_launch(saved.launch, launch)
+    check_resume_path(launch, directory)
     if saved.launch != launch and rank() == 0:
         logger.warning(
             f"{directory} was saved by {saved.launch}, this is {launch}: training goes on from its weights and optimizer "

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from trl import TrlParser
 
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What a user can mend ends the program with a message, not a traceback."""
+    """What a user can put right ends the program with one line, not a traceback: also files and hubs that cannot be read."""
     try:
         yield
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, ModuleNotFoundError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def options_parser(types: tuple[type, ...], prog: str) -> TrlParser:

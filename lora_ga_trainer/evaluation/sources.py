@@ -1,9 +1,11 @@
 """Where items come from: local JSONL, JSON, Parquet or CSV, or the hub; with named columns."""
 
+import glob
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -12,20 +14,23 @@ def local_items(path: str | Path, columns: tuple[str, ...]) -> Dataset:
     """The rows of a local file, if it has all of `columns`.
 
     Raises:
-        ValueError: no such file, an empty or damaged one, another kind of file, or a column is missing; the message names it
-            and the columns found.
+        ValueError: no such file, an empty or damaged one, another kind of file, a name that `datasets` cannot open, or a
+            column is missing; the message names it and the columns found.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which tells how to read it.")
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Check the path.")
+    if "::" in str(path):
+        raise ValueError(f"{path} has '::' in its name, which `datasets` takes for a chain of archives. Rename it.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty. Check that it was written to the end.")
     if FORMATS[path.suffix] != "parquet":
         _check_utf8(path)
     try:
-        items = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        # `datasets` takes names for patterns
+        items = load_dataset(FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train")
     except DatasetGenerationError as error:  # which says only that there was one
         raise ValueError(
             f"{path} cannot be read as {FORMATS[path.suffix]} ({error.__cause__}). Mend the file."
@@ -48,17 +53,39 @@ def _check_utf8(path: Path) -> None:
 
 
 def hub_items(name: str, config: str | None, split: str, columns: tuple[str, ...], remedy: str) -> Dataset:
-    """The rows of a data set on the hub, if it can be reached and has all of `columns`.
+    """The rows of a data set on the hub, or in a folder, if it can be loaded and has all of `columns`.
 
     Raises:
         ValueError: it cannot, ending in `remedy`; or a column is missing.
     """
-    try:
-        items = load_dataset(name, config, split=split)
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise ValueError(f"The data set {name} cannot be loaded from the hub ({error}). {remedy}") from error
+    items = load_named(name, remedy, name=config, split=split)
     check_columns(items, columns, f"{name} {config}" if config else name)
     return items
+
+
+def load_named(dataset_name: str, remedy: str, **options: Any) -> Any:
+    """`datasets.load_dataset` of a name on the hub or a folder.
+
+    Raises:
+        ValueError: it cannot be loaded, ending in `remedy`; or it is a file, or a folder whose name would be read as a pattern.
+    """
+    if Path(dataset_name).is_file():
+        raise ValueError(
+            f"`dataset_name` is {dataset_name!r}, which is a file, but must be a name on the hub or a folder. Pass the file as "
+            "`dataset_path`."
+        )
+    if Path(dataset_name).is_dir() and ("::" in dataset_name or glob.escape(dataset_name) != dataset_name):
+        raise ValueError(
+            f"`dataset_name` is {dataset_name!r}, but `datasets` takes '*', '?', '[' and '::' in a folder's name for a pattern "
+            "and would read other folders. Rename it, or pass its file as `dataset_path`."
+        )
+    try:
+        return load_dataset(dataset_name, **options)
+    except (OSError, DatasetGenerationError) as error:
+        reason = (
+            error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        )  # which says only that there was one
+        raise ValueError(f"The data set {dataset_name} cannot be loaded ({reason}). {remedy}") from error
 
 
 def check_columns(items: Dataset, columns: tuple[str, ...], source: str) -> None:
