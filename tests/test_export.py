@@ -1,15 +1,18 @@
 """`checkpoint.export`: from a checkpoint to a bare adapter or a merged model, without a trainer."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import lora_config, sft_arguments, tiny_batches, tiny_model, word_problems
@@ -18,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
 from lora_ga_trainer.checkpoint import export
+from lora_ga_trainer.checkpoint.companions import companions
+from lora_ga_trainer.checkpoint.mergeable import COMPUTED, REFUSED, WITHOUT_EFFECT, check_mergeable
 
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 
@@ -148,7 +153,7 @@ def test_the_base_is_that_of_the_adapters_revision(trained, tmp_path, monkeypatc
     base, checkpoint = trained
     asked = []
 
-    def snapshot_download(name, *, revision, allow_patterns):
+    def snapshot_download(name, *, revision, ignore_patterns):
         asked.append((name, revision))
         return str(base)
 
@@ -172,6 +177,98 @@ def test_one_file_at_a_time_is_read(trained, tmp_path, monkeypatch):
     )
     export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
     assert len(sizes) > 1 and max(sizes) <= 100_000
+
+
+# --- what goes along --------------------------------------------------------------------------------------------------
+
+
+def file_names_of_tokenizers() -> set[str]:
+    """Those in the `VOCAB_FILES_NAMES` of every tokenizer of transformers."""
+    names = set()
+    for source in Path(transformers.__file__).parent.glob("models/*/tokenization*.py"):
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "VOCAB_FILES_NAMES":
+                found = [value.value for value in node.value.values if isinstance(value, ast.Constant)]
+                names |= {name for name in found if "/" not in name}
+    assert {"tokenizer.json", "source.spm", "spiece.model", "merges.txt", "bpe.codes", "dict.txt"} <= names
+    return names
+
+
+OF_PROCESSORS = {
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/tool_use.jinja", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "audio_tokenizer_config.json", "tekken.json",
+    "qformer_tokenizer/tokenizer_config.json", "qformer_tokenizer/vocab.txt",  # InstructBLIP's second tokenizer
+}  # fmt: skip
+STAY_BEHIND = {
+    "README.md", ".gitattributes", "all_results.json", "trainer_state.json", "training_args.bin", "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "latest", "zero_to_fp32.py", "stand_in_dev.jsonl",
+    "lora_ga.json", "lora_ga.safetensors", "lora_ga_files.json", "pytorch_model.bin", "consolidated.00.pth",
+    "global_step4/mp_rank_00_model_states.pt", "optimizer_0/__0_0.distcp", "runs/events.out.tfevents", "mine/notes.txt",
+    "checkpoint-2/tokenizer_config.json", "checkpoint-2/adapter_model.safetensors",
+}  # fmt: skip
+
+
+def test_what_a_tokenizer_or_processor_saved_goes_along(trained, tmp_path):
+    base, checkpoint = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in trained)
+    wanted = file_names_of_tokenizers() | OF_PROCESSORS
+    for name in wanted | STAY_BEHIND:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        if not (checkpoint / name).exists():
+            (checkpoint / name).write_text("{}")
+    assert wanted <= set(map(str, companions(checkpoint)))
+    (base / "LICENSE").write_text("terms")
+    (base / "vocab.json").write_text("the base's own")
+    (checkpoint / "config.json").write_text("no model's")
+    export(checkpoint, tmp_path / "adapter")
+    export(checkpoint, tmp_path / "merged", merge=True, base_model=base)
+    ours = {"adapter": {"adapter_config.json", "adapter_model.safetensors"}}
+    ours["merged"] = {"config.json", "generation_config.json", "model.safetensors", "LICENSE"}
+    for folder in ("adapter", "merged"):
+        out = tmp_path / folder
+        assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == wanted | ours[folder]
+        assert (out / "vocab.json").read_text() == "{}", "the checkpoint's goes first"
+    assert (tmp_path / "merged/config.json").read_text() == (base / "config.json").read_text()
+
+
+# --- what cannot be merged ---------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_pefts_configuration_is_decided_on():
+    """A new field of PEFT's `LoraConfig` may change what an adapter computes: decide on it in `mergeable`."""
+    decided = [*COMPUTED, *WITHOUT_EFFECT, *REFUSED, "init_lora_weights"]
+    assert {option.name for option in fields(LoraConfig)} <= set(decided)
+    # VeLoRA changes only how the gradient is found: LoRA-GA refuses to train it, and merging what it trained is right
+    assert {name for name in decided if decided.count(name) > 1} == {"velora_config"}
+
+
+def test_the_default_configuration_merges():
+    check_mergeable(json.loads(json.dumps(LoraConfig(r=4, target_modules=["q_proj"]).to_dict(), default=list)))
+    check_mergeable({"peft_type": "LORA", "not_yet_known": None, "nor_this": False, "init_lora_weights": "gaussian"})
+
+
+@pytest.mark.parametrize("name", [*sorted(set(REFUSED) - set(WITHOUT_EFFECT)), "not_yet_known"])
+def test_a_field_that_cannot_be_merged(name):
+    with pytest.raises(ValueError, match=rf"The adapter's `{name}` is \['x'\].*Export the adapter alone"):
+        check_mergeable({"peft_type": "LORA", name: ["x"]})
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_a_start_that_changed_the_base(start):
+    with pytest.raises(ValueError, match=f"`init_lora_weights` is '{start}', which changed the base weights"):
+        check_mergeable({"peft_type": "LORA", "init_lora_weights": start})
+
+
+def test_another_kind_of_adapter_is_not_merged():
+    with pytest.raises(ValueError, match="of the kind 'ADALORA', but only LoRA is merged"):
+        check_mergeable(AdaLoraConfig(total_step=10).to_dict() | {"peft_type": "ADALORA"})
+
+
+def test_replicated_layers(tmp_path):
+    adapted("llama", tmp_path, layer_replication=[[0, 1], [0, 1]])  # every name is found in the base's files
+    arguments = {"merge": True, "base_model": tmp_path / "base"}
+    refused("`layer_replication` is .*share their base weights", tmp_path / "adapter", tmp_path / "out", **arguments)
 
 
 # --- misuse ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Shapes: O out features, I in features, R rank in the file (with the offset twice
 """
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,20 +19,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .companions import OF_MODEL, OTHER_WEIGHTS, companions, copy_files
+from .mergeable import check_mergeable, scaling
+
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-BESIDE_WEIGHTS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
-    "vocab*", "merges.txt", "*.model", "processor_config.json", "preprocessor_config.json",
-)  # fmt: skip
-"""What a tokenizer or processor saves."""
-OF_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 PREFIX = "base_model.model."
 
 
@@ -42,7 +37,7 @@ def export(
 ) -> None:
     """Write the adapter of `checkpoint_dir`, or the base model with it merged in, to the new folder `out`.
 
-    `out` appears when all of it is written, or not at all. The tokenizer goes along where the checkpoint has one.
+    `out` appears when all of it is written, or not at all. What a tokenizer or processor saved goes along.
 
     Args:
         checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
@@ -52,14 +47,13 @@ def export(
 
     Raises:
         ValueError: `out` is in the way, a file is missing or damaged, or the adapter cannot be merged into the files of
-            this base model (quantized, not in safetensors, other layers or shapes).
+            this base model (quantized, not in safetensors, other layers or shapes), or into any (see `check_mergeable`).
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
     adapter = read_adapter(checkpoint_dir)
     with complete_or_absent(out) as directory:
-        for pattern in BESIDE_WEIGHTS:
-            copy_matching(checkpoint_dir, pattern, directory)
         if merge:
+            check_mergeable(json.loads((checkpoint_dir / CONFIG_NAME).read_text(encoding="utf-8")))
             config = LoraConfig.from_pretrained(checkpoint_dir)
             trained_on = config.base_model_name_or_path, config.revision
             source = base_directory(*((base_model, None) if base_model else trained_on))
@@ -67,6 +61,7 @@ def export(
         else:
             for name in ADAPTER_FILES:
                 shutil.copy(checkpoint_dir / name, directory / name)
+        copy_files(checkpoint_dir, companions(checkpoint_dir), directory)  # over what the base has under the same name
 
 
 def read_adapter(directory: Path) -> dict[str, Tensor]:
@@ -105,12 +100,6 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
         directory.replace(out)
 
 
-def copy_matching(source: Path, pattern: str, target: Path) -> None:
-    for path in source.glob(pattern):
-        (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target / path.relative_to(source))
-
-
 def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
     """The folder with the base model's files, from the hub, at its `revision`, if need be.
 
@@ -122,8 +111,7 @@ def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
     directory = Path(base_model)
     if not directory.is_dir():
         try:
-            wanted = [*OF_BASE, *BESIDE_WEIGHTS]
-            directory = Path(snapshot_download(str(base_model), revision=revision, allow_patterns=wanted))
+            directory = Path(snapshot_download(str(base_model), revision=revision, ignore_patterns=[*OTHER_WEIGHTS]))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             raise ValueError(
                 f"The base model {base_model} is neither a folder nor to be had from the hub ({error}). Pass `base_model`."
@@ -154,12 +142,8 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     check_not_untied(adapter, skeleton)
     shards = shards_of(source)
     pieces = by_base_weight(adapter, base_names(shards))
-    for pattern in OF_BASE:
-        if pattern != "*.safetensors":
-            copy_matching(source, pattern, target)
-    for pattern in BESIDE_WEIGHTS:  # the checkpoint's own, where it has them, go first
-        if not any(target.glob(pattern)):
-            copy_matching(source, pattern, target)
+    of_model = [*OF_MODEL, *(path.name for path in source.glob("*.safetensors.index.json"))]
+    copy_files(source, [Path(name) for name in of_model if (source / name).is_file()] + companions(source), target)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             merged = {
@@ -294,10 +278,3 @@ def _check_shape(module: str, found: Tensor, base: Tensor) -> None:
             f"The adapter's {module} is for a weight of shape {list(found.shape)}, the base model's has {list(base.shape)}. "
             "Pass the model that the adapter was trained on as `base_model`."
         )
-
-
-def scaling(config: LoraConfig, module: str) -> float:
-    """s of one module, as PEFT computes it: α/√R with rsLoRA, else α/R."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -1,0 +1,53 @@
+"""The files beside a model's or an adapter's weights: what goes along when they are exported, and what stays behind.
+
+A tokenizer or processor may save a file of any name, so what stays behind is listed: weights, and what a training writes.
+"""
+
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+OF_MODEL = ("config.json", "generation_config.json")
+OTHER_WEIGHTS = (
+    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data",
+    "*.tflite", "*.mlmodel", "*.npz", "*.distcp",
+)  # fmt: skip
+"""Weights and states in the formats that are not read here; optimizers, schedules and random states are among them."""
+WEIGHTS = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+OF_TRAINING = (
+    "lora_ga.*", "lora_ga_files.json*", "trainer_state.json", "*_results.json", "latest", "zero_to_fp32.py",
+    "*.jsonl", "*.csv", "*.parquet", "*.log",
+)  # fmt: skip
+DESCRIPTIONS = ("README.md", ".*")
+"""A card describes what it was written for, and hidden files belong to the folder."""
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files in `directory` that go along with its weights, relative to it; those of the model itself (`OF_MODEL`) are not
+    among them.
+
+    Of its folders only those of chat templates, and of the further tokenizers that a processor may have.
+    """
+    folders = [directory, directory / CHAT_TEMPLATE_DIR]
+    for config in directory.glob("*/tokenizer_config.json"):
+        if not any(_matches(path.name, WEIGHTS) for path in config.parent.iterdir()):  # no checkpoint, no other adapter
+            folders.append(config.parent)
+    return [
+        path.relative_to(directory)
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not _matches(path.name, (*OF_MODEL, *WEIGHTS, *OF_TRAINING, *DESCRIPTIONS))
+    ]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def copy_files(source: Path, names: list[Path], target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, target / name)
