@@ -45,10 +45,5 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
             )
         super().get_ready()
 
-    def check_arguments(self, arguments: dict[str, Any]) -> None:
-        super().check_arguments(arguments)
-        if arguments.get("formatting_func") is None:
-            held_out = arguments.get("eval_dataset")
-            check_examples(arguments.get("train_dataset"), arguments["args"], "training")
-            for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
-                check_examples(dataset, arguments["args"], "evaluation")
+    def check_dataset(self, dataset: Any, args: LoRAGASFTConfig, role: str) -> None:
+        check_examples(dataset, args, role)

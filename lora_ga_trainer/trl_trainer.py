@@ -14,7 +14,7 @@ from .arguments import with_ga_options
 from .launches import check_offloading
 from .lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from .trainer import LoRAGAMixin
-from .training_data import check_not_empty
+from .training_data import check_not_empty, check_turns
 
 
 class LoRAGATRLMixin(LoRAGAMixin):
@@ -77,8 +77,20 @@ class LoRAGATRLMixin(LoRAGAMixin):
             ValueError: TRL would stumble over one of the trainer's `arguments`.
         """
         check_not_empty(arguments.get("train_dataset"), "has no example")
+        if arguments.get("formatting_func") is None:  # which takes rows of any form
+            held_out = arguments.get("eval_dataset")
+            self.check_dataset(arguments.get("train_dataset"), arguments["args"], "training")
+            for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+                self.check_dataset(dataset, arguments["args"], "evaluation")
         if arguments["args"].activation_offloading:
             check_offloading("`activation_offloading=True`")
+
+    def check_dataset(self, dataset: Any, args: Any, role: str) -> None:
+        """
+        Raises:
+            ValueError: TRL would stumble over the "training" or "evaluation" set.
+        """
+        check_turns(dataset, role)
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
         with self.maybe_activation_offload_context:  # which TRL enters for training steps only

@@ -57,6 +57,7 @@ from lora_ga_trainer.evaluation import __main__ as evaluation
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.launches import Launch, check_checkpointing, check_restart
 
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
 QUIET = {"disable_tqdm": True}
 DEAD_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 """On the port of the discard protocol nothing answers."""
@@ -519,6 +520,18 @@ def d22_a_training_loader_without_a_dataset(world):
     class MyTrainer(LoRAGAMixin, Trainer): ...
 
     MyTrainer(world.peft_model(), LoRAGATrainingArguments(str(world.out), use_cpu=True))
+
+
+def d23_a_conversation_as_json_text(world):
+    world.trainer(data=Dataset.from_dict({"messages": [json.dumps(CHAT)] * 4}))
+
+
+def d24_an_empty_conversation(world):
+    world.trainer(data=Dataset.from_dict({"messages": [CHAT] * 4 + [[]]}))
+
+
+def d25_a_conversation_and_a_text(world):
+    world.trainer(data=Dataset.from_dict({"prompt": [CHAT[:1]] * 4, "completion": ["w3 w4"] * 4}))
 
 
 # --- checkpoints and resuming -------------------------------------------------------------------------------------------
