@@ -132,6 +132,16 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return parameter.shape
 
 
+def leading_rows(parameter: Tensor) -> Tensor:
+    """The first rows of a parameter, detached: all of them, or of a ZeRO-3 parameter those that the first process holds."""
+    if not is_zero3(parameter):
+        return parameter.detach()
+    shape, part = full_shape(parameter), parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # as above
+    width = shape[1:].numel()
+    held = min(shape[0], part.numel() // width)
+    return part[: held * width].view(held, *shape[1:])
+
+
 def full_tensor(parameter: Tensor) -> Tensor:
     """The whole of one parameter, detached. Every process has to call it, in the same order.
 

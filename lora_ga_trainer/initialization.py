@@ -20,6 +20,7 @@ from .arguments import LoRAGAArguments
 from .backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
 from .checkpoint.adapter_files import file_has_embeddings, make_portable
 from .checkpoint.in_memory import guard_helpers
+from .checkpoint.provenance import forget_changed_base
 from .checkpoint.state import LoRAGAState
 from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
 from .estimation import (
@@ -101,6 +102,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
     for name, layer in layers.items():
         sketch_width(name, layer, adapter_name, config)
     check_scale(layers, config)
+    forget_changed_base(peft_model, adapter_name)
     state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
     attach_delta_form(layers, adapter_name, config.ga_offset)
     keep_from_ddp(peft_model, [f"{name}.history" for name in offset_halves(peft_model, adapter_name)])

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
 from ..delta import delta_layers, offset_halves
@@ -131,6 +131,7 @@ def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
     peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
     peft_model.load_adapter = MethodType(load_adapter, peft_model)
     peft_model.create_or_update_model_card = MethodType(create_or_update_model_card, peft_model)
+    peft_model.merge_and_unload = MethodType(merge_and_unload, peft_model)
 
 
 def save_pretrained(
@@ -189,6 +190,13 @@ def save_pretrained(
         kept = {name: kept[name].contiguous() for name in names}
         save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
         write_state(directory, state)
+
+
+def merge_and_unload(peft_model: PeftModel, *args: Any, **kwargs: Any) -> nn.Module:
+    """`merge_and_unload` as PEFT has it. The merged model loses the base's name, which the next adapter would be given."""
+    model = peft_model.base_model.merge_and_unload(*args, **kwargs)
+    model.name_or_path = ""
+    return model
 
 
 def load_adapter(

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 
 from .layouts import LAYOUTS
 from .state import LoRAGAState
@@ -54,8 +55,10 @@ def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
     text = re.sub(r"^## Quick start\n.*?(?=^## )", "", card.text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(f"{BEGIN}.*?{END}\n*", "", text, flags=re.DOTALL)
     # what TRL 1.16 and transformers 5.23 write when the base model has no name, or is a folder
-    known = f"`{base}`" if base else "a model without a name"
-    for unknown in ("None", ""):
+    known, origin = f"`{base}`" if base else "a model without a name", changed_origin(peft_model)
+    if origin:
+        known = f"a changed copy of `{origin}`"
+    for unknown in ("None", "", *filter(None, [origin])):
         text = text.replace(f"[{unknown}](https://huggingface.co/{unknown})", known)
     text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {known} on ")
     text = text.replace("on the None dataset.", "on an unknown dataset.")  # transformers', of a data set made in memory
@@ -71,6 +74,11 @@ def base_name(peft_model: PeftModel) -> str:
     return config.base_model_name_or_path or ""
 
 
+def changed_origin(peft_model: PeftModel) -> str:
+    """What the base model was loaded from, if its weights have been changed since; else empty."""
+    return "" if base_name(peft_model) else BaseTuner.get_model_config(peft_model).get("_name_or_path") or ""
+
+
 def is_hub_name(name: str) -> bool:
     try:
         validate_repo_id(name)
@@ -80,13 +88,18 @@ def is_hub_name(name: str) -> bool:
 
 
 def section(peft_model: PeftModel) -> str:
-    state, base = peft_model.lora_ga, base_name(peft_model)
+    state, base, origin = peft_model.lora_ga, base_name(peft_model), changed_origin(peft_model)
+    relative_to = f"the untouched base model{f' `{base}`' if base else ''}"
+    if origin:
+        relative_to = (
+            f"a copy of `{origin}` whose weights had been changed before, and which has to be loaded in its place"
+        )
     parts = [
         f"{BEGIN}\n",
         "## LoRA-GA\n",
         "This is a LoRA adapter that started from the gradient of the full weights, with [LoRA-GA](https://arxiv.org/abs/"
-        "2407.05000) as implemented in `lora_ga_trainer`. It is relative to the untouched base model"
-        f"{f' `{base}`' if base else ''}, and loads with stock [PEFT](https://github.com/huggingface/peft):\n",
+        "2407.05000) as implemented in `lora_ga_trainer`. It is relative to "
+        f"{relative_to}, and loads with stock [PEFT](https://github.com/huggingface/peft):\n",
         f"```python\n{how_to_load(peft_model, base)}\n```\n",
         "| setting | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in settings(state).items()),

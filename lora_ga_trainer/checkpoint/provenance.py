@@ -1,0 +1,104 @@
+"""Whether the base model in memory is still the one whose name it bears.
+
+Names outlive changes: after `merge_and_unload`, or any other change of its weights, a model keeps the name that it was loaded
+by, PEFT writes it into the next adapter's files, and whoever loads that adapter gets another model. So the weights are
+compared with the model's files, a few rows of each, where those are on this machine.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..backends import full_shape, gather_objects, leading_rows, rank
+from ..quantized import UNQUANTIZED
+from .exporting import shards_of
+
+logger = logging.getLogger(__name__)
+
+ROWS = 8
+"""Compared of each weight. A merged adapter, or training, changes all rows of some weight."""
+WRAPPERS = (".base_layer", ".original_module")
+"""What PEFT adds to the names of the base's weights."""
+
+
+def forget_changed_base(peft_model: PeftModel, adapter_name: str) -> None:
+    """Take the base model's name out of the adapter's configuration if its weights are no longer those of that name.
+
+    Every process has to call it. A base that cannot be compared keeps its name: quantized, not in safetensors, or elsewhere.
+    """
+    config = peft_model.peft_config[adapter_name]
+    name = config.base_model_name_or_path
+    changed = gather_objects(first_changed_weight(peft_model, name, config.revision) if name and rank() == 0 else None)[
+        0
+    ]
+    if changed is None:
+        return
+    config.base_model_name_or_path = ""  # for None, PEFT would look up the name once more
+    if rank() == 0:
+        logger.warning(
+            f"The base model bears the name {name}, but its weights are others by now, first {changed}. The adapter is "
+            "relative to the weights as they are, and will not name its base. Save them (`model.save_pretrained(folder)`) and train "
+            "on that folder, so that the adapter can be loaded again."
+        )
+
+
+def first_changed_weight(peft_model: PeftModel, name: str, revision: str | None) -> str | None:
+    """The first weight of the base in memory that differs from the files of the model `name`, a folder or in the hub's cache.
+
+    Rounding to half precision is no change. What the files do not have, or in another shape, such as the embeddings of a
+    resized vocabulary, is not compared.
+    """
+    base = peft_model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        return None
+    parameters = {_plain_name(key): value for key, value in base.named_parameters(remove_duplicate=False)}
+    try:
+        for shard in shards_of(local_files(name, vars(base.config).get("_commit_hash") or revision)):
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    # files may lack the name of the outermost module, or have one more
+                    names = (key, f"{base.base_model_prefix}.{key}", key.partition(".")[2])
+                    known = next((own for own in names if own in parameters), None)
+                    if known is not None and not _same(parameters[known], file.get_slice(key)):
+                        return known
+    except (OSError, ValueError, SafetensorError):  # not here, or not whole
+        pass
+    return None
+
+
+def local_files(name: str, revision: str | None) -> Path:
+    """The folder with the files of the model `name`; nothing is fetched.
+
+    Raises:
+        OSError, ValueError: they are not on this machine.
+    """
+    return (
+        Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=revision, local_files_only=True))
+    )
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _same(parameter: Tensor, saved: Any) -> bool:
+    """Whether a weight has the values of a slice of the files, as far as the two can be compared."""
+    shape = full_shape(parameter)
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not shape or list(shape) != saved.get_shape():
+        return True
+    held = leading_rows(parameter)
+    rows = sorted({len(held) * n // ROWS for n in range(ROWS)} | {len(held) - 1}) if len(held) else []
+    found, wanted = held[rows].cpu(), saved[rows]
+    if not {found.dtype, wanted.dtype} <= {*UNQUANTIZED}:
+        return True
+    steps = (wanted.dtype, torch.bfloat16, torch.float16)
+    return any(torch.allclose(found, wanted.to(step).to(found.dtype), rtol=0, atol=0, equal_nan=True) for step in steps)
