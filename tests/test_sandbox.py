@@ -40,12 +40,43 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+ENDLESS = """
+class Kind(type):
+    @property
+    def __mro__(self):
+        while True: pass
+class E(Exception, metaclass=Kind): pass
+raise E
+"""
+"""Its own code is run to find out what kind of exception it raises."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "raise Exception(secret)",
+        "raise ExceptionGroup(secret, [ValueError(secret)])",
+        "raise type(secret, (ValueError,), {})",
+        "class E(Exception):\n    def __repr__(self): return secret\n    __str__ = __repr__\nraise E",
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'failed: ' + secret.encode())\n    except OSError: pass\n"
+        "os._exit(0)",
+        "compile(secret + '(', secret, 'exec')",
+        "import sys\nsys.exit(secret)",
+    ],
+)
+def test_what_a_program_has_read_stays_inside(program, tmp_path):
+    """`reason` goes to results.json, which people pass on; an exception's text or name may be a file's content."""
+    (tmp_path / "secret").write_text("precious")
+    outcome = run_program(f"secret = open({str(tmp_path / 'secret')!r}).read()\n{program}", "")
+    assert not outcome.passed and "precious" not in outcome.reason
+    kinds = "Exception|ExceptionGroup|ValueError|SyntaxError|SystemExit|an exception without a type"
+    assert re.fullmatch(f"failed: ({kinds})|ended before its tests did .exit code 0.", outcome.reason)
+
+
 def test_right_and_wrong_programs():
     program = "def double(x):\n    return 2 * x\n"
     assert run_program(program, "assert double(2) == 4") == Outcome(True, "passed")
-    assert run_program(program, "assert double(2) == 5, 'not five'") == Outcome(
-        False, "failed: AssertionError: not five"
-    )
+    assert run_program(program, "assert double(2) == 5, 'not five'") == Outcome(False, "failed: AssertionError")
     assert run_program("def double(x:\n", "pass").reason.startswith("failed: SyntaxError")
     assert run_program(program + "'\ud800'", "pass").reason.startswith("failed: UnicodeEncodeError")
 
@@ -82,7 +113,7 @@ def test_only_the_standard_library():
     ("program", "reason"),
     [
         ("import os\nos._exit(0)", "ended before its tests did (exit code 0)"),
-        ("import sys\nsys.exit(0)", "failed: SystemExit: 0"),
+        ("import sys\nsys.exit(0)", "failed: SystemExit"),
         ("raise SystemExit", "failed: SystemExit"),
         ("raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
         ("print('passed')\nimport os\nos._exit(0)", "ended before its tests did (exit code 0)"),
@@ -92,10 +123,8 @@ def test_only_the_standard_library():
         ("import builtins\nbuiltins.exec = builtins.compile = print", "failed: AssertionError"),
         ("import os\nos.write = os._exit = lambda *a: None\ndel __builtins__", "failed: AssertionError"),
         ("import __main__\n__main__.FAILED = __main__.READY = b''\n", "ended before its tests did"),
-        (
-            "class E(Exception):\n    def __str__(self): raise self\nraise E",
-            "failed: an exception without a description",
-        ),
+        ("class E(Exception):\n    def __str__(self): raise self\nraise E", "failed: Exception"),
+        (ENDLESS.replace("while True: pass", "1 / 0"), "failed: an exception without a type"),
         ("import atexit, os\natexit.register(os._exit, 0)", "failed: AssertionError"),
         ("'''", "failed: SyntaxError"),  # an open string does not swallow the tests
     ],
@@ -114,7 +143,7 @@ def test_a_program_cannot_declare_itself_right(program, reason):
         "while True: print('x' * 10 ** 6)",
         "import signal\nfor number in range(1, 32):\n    try: signal.signal(number, signal.SIG_IGN)\n"
         "    except OSError: pass\nwhile True: pass",
-        "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E",
+        ENDLESS,
     ],
 )
 def test_time_has_a_limit(program):
@@ -124,7 +153,7 @@ def test_time_has_a_limit(program):
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("raise Exception('x' * 10 ** 6)", "failed: Exception: xxx"),
+        ("raise Exception('x' * 10 ** 6)", "failed: Exception"),
         (
             "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 999)\n"
             "    except OSError: pass",
@@ -205,7 +234,7 @@ def test_nothing_is_harmed(program, tmp_path):
         with pytest.raises(BlockingIOError):  # nobody has connected
             server.accept()
     assert not outcome.passed
-    assert re.match(r"failed: PermissionError|failed: URLError: .*Operation not permitted", outcome.reason)
+    assert re.match(r"failed: (PermissionError|OSError)$", outcome.reason)
     assert victim.read_text() == "precious"
     after = victim.stat()
     assert (after.st_mode, after.st_uid, after.st_nlink, after.st_mtime_ns) == (

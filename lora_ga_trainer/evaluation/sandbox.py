@@ -12,6 +12,7 @@ memory for the nonce that proves success. So the score of a model that was train
 read its programs. They harm nothing all the same.
 """
 
+import builtins
 import json
 import os
 import platform
@@ -56,6 +57,12 @@ OPEN_FLAGS = {"open": 1, "openat": 2}
 VERDICT_BYTES = 4096
 READY = b"ready\n"
 FAILED = b"failed: "
+BUILT_IN = {
+    id(kind): kind.__name__
+    for kind in vars(builtins).values()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
+UNKNOWN = "an exception without a type"
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,9 @@ def run_program(program: str, tests: str, timeout: float = 10.0, memory_bytes: i
     message = written.removeprefix(READY)
     if message == nonce.encode():
         return Outcome(True, "passed")
-    if message.startswith(FAILED):
-        return Outcome(False, message.decode(errors="replace"))
+    if message.startswith(FAILED):  # which the program may have written itself, so it says no more than a type
+        kind = message.removeprefix(FAILED).decode(errors="replace")
+        return Outcome(False, f"failed: {kind if kind in BUILT_IN.values() else UNKNOWN}")
     return Outcome(False, f"ended before its tests did ({ending})")
 
 
@@ -182,7 +190,7 @@ def _launch() -> NoReturn:
 
 def _run(verdict: int, program: str, tests: str, nonce: str) -> NoReturn:
     # The program may replace everything that is looked up by name, so what comes after it is at hand before it.
-    execute, write, leave, describe = exec, os.write, os._exit, _describe
+    execute, write, leave, kind = exec, os.write, os._exit, _kind
     message = nonce.encode()
     try:
         compiled_tests = compile(tests, "tests", "exec")
@@ -191,17 +199,17 @@ def _run(verdict: int, program: str, tests: str, nonce: str) -> NoReturn:
         execute(compile(program, "solution", "exec"), solution.__dict__)
         execute(compiled_tests, solution.__dict__)
     except BaseException as error:  # SystemExit included
-        message = describe(error)
+        message = kind(error)
     write(verdict, message)
     leave(0)
 
 
-def _describe(error: BaseException) -> bytes:
+def _kind(error: BaseException) -> bytes:
+    """Nothing but the built-in type of the exception: its text, or a name of its own, may be what the program has read."""
     try:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return FAILED + text[:500].encode(errors="replace")
-    except BaseException:  # the program's own `__str__`, or no memory left
-        return FAILED + b"an exception without a description"
+        return FAILED + next(BUILT_IN[id(kind)] for kind in type(error).__mro__ if id(kind) in BUILT_IN).encode()
+    except BaseException:  # no memory left
+        return FAILED + UNKNOWN.encode()
 
 
 def _give_up_rights(parent: int, machine: str, memory_bytes: int, cpu_seconds: int) -> None:
