@@ -200,6 +200,20 @@ def test_an_adapter_of_ones_own_loop(tmp_path):
     assert found.figures == PICTURES[:-1] and "has no trainer_state.json" in found.text
 
 
+def test_the_last_factors_are_at_the_last_step(tmp_path):
+    """Of a run that kept no checkpoint; the page goes to the run's folder."""
+    trainer = LoRAGASFTTrainer(
+        tiny_model(), LoRAGASFTConfig(**sft_arguments(tmp_path, max_steps=3)), train_dataset=word_problems(),
+        processing_class=word_tokenizer(), peft_config=lora_config(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    assert list(read_snapshots(tmp_path)) == [3]
+    main(["inspect", str(tmp_path)])
+    assert Found(tmp_path / "index.html").figures == PICTURES
+
+
 @pytest.mark.parametrize(("layers", "kinds"), [(32, 7), (2, 7), (1, 1), (80, 12)])
 def test_models_of_every_size_are_drawn(layers, kinds, tmp_path):
     names = [f"model.layers.{layer}.kind_{kind}" for layer in range(layers) for kind in range(kinds)]

@@ -18,7 +18,7 @@ OTHER_WEIGHTS = (
 WEIGHTS = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 OF_TRAINING = (
     "lora_ga.*", "lora_ga_files.json*", "trainer_state.json", "*_results.json", "latest", "zero_to_fp32.py",
-    "*.jsonl", "*.csv", "*.parquet", "*.log",
+    "*.jsonl", "*.csv", "*.parquet", "*.log", "index.html", "*.png",
 )  # fmt: skip
 DESCRIPTIONS = ("README.md", ".*")
 """A card describes what it was written for, and hidden files belong to the folder."""

@@ -44,8 +44,8 @@ def forget_changed_base(peft_model: PeftModel, adapter_name: str) -> None:
     if rank() == 0:
         logger.warning(
             f"The base model bears the name {name}, but its weights are others by now, first {changed}. The adapter is "
-            "relative to the weights as they are, and will not name its base. Save them (`model.save_pretrained(folder)`) and train "
-            "on that folder, so that the adapter can be loaded again."
+            "relative to the weights as they are, and will not name its base. Save them (`model.save_pretrained(folder)`) and "
+            "train on that folder, so that the adapter can be loaded again."
         )
 
 

@@ -1,4 +1,4 @@
-"""lora-ga inspect CHECKPOINT_OR_RUN --out DIR"""
+"""lora-ga inspect CHECKPOINT_OR_RUN [--out DIR]"""
 
 import sys
 from argparse import ArgumentParser
@@ -15,12 +15,14 @@ def main(argv: list[str] | None = None) -> None:
         "initialization found them, the norms of the factors over the run's checkpoints, the losses.",
     )
     parser.add_argument("path", metavar="CHECKPOINT_OR_RUN", type=Path, help="a `checkpoint-N`, or a run's output_dir")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for index.html and the PNGs")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for index.html and the PNGs; default: CHECKPOINT_OR_RUN itself"
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with errors_as_messages():
         from ..inspection.run_page import inspect
 
-        page = inspect(arguments.path, arguments.out)
+        page = inspect(arguments.path, arguments.out or arguments.path)
     print(f"{page} shows {arguments.path}. Open it in a browser.")
 
 

@@ -149,8 +149,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
         trainer.save_model()
         trainer.create_model_card(out.resolve().name, data_args.dataset_name)
     trainer.accelerator.print(
-        f"The adapter is in {out}; {out / 'README.md'} tells how to load it.\n"
-        f"To look at the run: lora-ga inspect {out} --out {out / 'inspection'}"
+        f"The adapter is in {out}; {out / 'README.md'} tells how to load it.\nTo look at the run: lora-ga inspect {out}"
     )
     trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.end()

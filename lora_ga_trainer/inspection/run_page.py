@@ -15,7 +15,7 @@ from ..run_folder import checkpoints_of, step_of
 from . import figures
 from .norms import Norms, factor_norms
 from .page import Picture, facts_table, figure_html, html_page, number_table
-from .runs import STATE_FILE, Log, adapter_folder, check_folder, read_log
+from .runs import STATE_FILE, Log, adapter_folder, check_folder, last_step, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def read_snapshots(path: Path) -> dict[int, Snapshot]:
     else:
         folders = checkpoints_of(path)
         if not folders and adapter_folder(path) is not None:  # `save_model` at the end, or a loop of one's own
-            folders = {0: path}
+            folders = {last_step(path): path}
     snapshots, problems = {}, []
     for n, folder in folders.items():
         adapter = adapter_folder(folder) or folder

@@ -61,6 +61,16 @@ def read_log(path: Path) -> Log:
     return max(logs, key=lambda log: (max((entry["step"] for entry in log.entries), default=-1), len(log.entries)))
 
 
+def last_step(path: Path) -> int:
+    """The last step that the log in `path` knows; 0 without one, since a loop of one's own keeps none.
+
+    Raises:
+        ValueError: the log is damaged.
+    """
+    file = path / LOG_FILE
+    return max((entry["step"] for entry in _read_log_file(file).entries), default=0) if file.is_file() else 0
+
+
 def check_folder(path: Path) -> None:
     """
     Raises:
