@@ -334,6 +334,18 @@ def test_a_lora_on_half_of_tied_weights(tmp_path):
     assert (logits(merged) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_resized_vocabulary(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    model = get_peft_model(base, lora_config(target_modules=["q_proj"]))
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    model.save_pretrained(tmp_path / "adapter")
+    message = r"a vocabulary of 70 tokens, the base model's files have 64.*resize_token_embeddings\(70\)"
+    refused(message, tmp_path / "adapter", tmp_path / "out", merge=True)
+
+
 def test_a_base_model_that_is_not_there(trained, tmp_path):
     refused("nowhere is neither a folder nor", trained[1], tmp_path / "out", merge=True, base_model="nobody/nowhere")
 

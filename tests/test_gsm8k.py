@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ended_well
-from tiny import lora_config, tiny_batches, tiny_model
+from peft import get_peft_model
+from tiny import letter_tokenizer, lora_config, tiny_batches, tiny_model
+from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.evaluation import generation
 from lora_ga_trainer.evaluation.__main__ import main
 from lora_ga_trainer.evaluation.generation import before_stop, complete, generate
 from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments, evaluate, final_number, load_items, score
+from lora_ga_trainer.evaluation.loading import load
 from lora_ga_trainer.evaluation.results import evaluation_settings, finished_lines, open_evaluation, weights_digest
 
 DDP = Path(__file__).parents[1] / "accelerate_configs/cpu/ddp.yaml"
@@ -206,6 +209,30 @@ def test_numbers_out_of_range():
             GSM8KArguments(**{name: 0})
 
 
+@pytest.mark.parametrize("resized", [False, True])
+def test_an_adapter_for_more_tokens_than_the_base_has(resized, tmp_path):
+    """Base and tokenizer are those of the adapter, as its model card loads them."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer = letter_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if resized:
+        tokenizer.add_tokens(["<new>"])
+        base.resize_token_embeddings(70)
+    model = get_peft_model(base, lora_config())
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    if resized:
+        with pytest.raises(ValueError, match="No tokenizer can be loaded from .*adapter"):
+            load(str(tmp_path / "base"), "main", str(tmp_path / "adapter"), "float32")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded, found = load(str(tmp_path / "base"), "main", str(tmp_path / "adapter"), "float32")
+    assert ("<new>" in found.get_vocab()) == resized
+    ids = tiny_batches()[0]["input_ids"]
+    with torch.no_grad():
+        assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-5  # float32, see test_checkpoint
+
+
 def command_line(*arguments, cwd):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m"]
     return subprocess.run(
@@ -215,9 +242,6 @@ def command_line(*arguments, cwd):
 
 
 def test_the_command_line_evaluates_an_adapter_on_two_processes(problems, base_model, tokenizer, tmp_path):
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), lora_config())
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
     with torch.no_grad():

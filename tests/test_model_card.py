@@ -17,7 +17,7 @@ from tiny import (
     word_problems,
     word_tokenizer,
 )
-from transformers import DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from lora_ga_trainer import (
     LoRAGAArguments,
@@ -129,11 +129,37 @@ def test_the_code_in_the_card_loads_the_adapter(tmp_path):
     trainer.train()
     trainer.save_model()
     (code,) = re.findall(r"^```python\n(.*?)^```", (tmp_path / "out/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert "resize" not in code
     variables = {}
     exec(code.replace(HERE, str(tmp_path / "out")), variables)
     assert isinstance(variables["model"], PeftModel)
     with torch.no_grad():
         found, expected = (m.eval()(INPUTS).logits for m in (variables["model"], trainer.model))
+    assert (found - expected).abs().max() < 1e-5  # float32, see test_checkpoint
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"trainable_token_indices": [64, 65]}, {"modules_to_save": ["embed_tokens"]}],
+    ids=lambda lora: "".join(lora),
+)
+def test_the_code_in_the_card_resizes_the_vocabulary(family, lora, tmp_path):
+    """More tokens than the base's own, as of a new chat template."""
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base.resize_token_embeddings(70)
+    model = get_peft_model(base, lora_config(target_modules=["q_proj"], **lora))
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    model.eval().save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    assert "base.resize_token_embeddings(70)\n" in code
+    variables = {}
+    exec(code.replace(HERE, str(tmp_path / "out")), variables)
+    ids = torch.tensor([[5, 64, 65, 69]])
+    with torch.no_grad():
+        found, expected = (m.eval()(ids).logits for m in (variables["model"], model))
     assert (found - expected).abs().max() < 1e-5  # float32, see test_checkpoint
 
 

@@ -139,6 +139,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
         )
     with torch.device("meta"):
         skeleton = model_class(model_config)(model_config)
+    check_same_vocabulary(adapter, skeleton)
     check_not_untied(adapter, skeleton)
     shards = shards_of(source)
     pieces = by_base_weight(adapter, base_names(shards))
@@ -191,6 +192,23 @@ def shards_of(source: Path) -> list[Path]:
             "again from where it came."
         )
     return [there[name] for name in named]
+
+
+def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
+    """Refuse an adapter that was trained with more or fewer tokens than the base's files have.
+
+    Raises:
+        ValueError: the embeddings in the adapter have another number of rows.
+    """
+    embeddings = skeleton.get_input_embeddings()
+    for name, module in skeleton.named_modules():
+        held = adapter.get(f"{PREFIX}{name}.weight") if module is embeddings else None
+        if held is not None and len(held) != embeddings.num_embeddings:
+            raise ValueError(
+                f"The adapter was trained with a vocabulary of {len(held):,} tokens, the base model's files have "
+                f"{embeddings.num_embeddings:,}, so it cannot be merged file by file. Load the base, "
+                f"`resize_token_embeddings({len(held)})`, load the adapter with PEFT and use `merge_and_unload`."
+            )
 
 
 def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
+from ..backends import full_shape
 from .layouts import LAYOUTS
 from .state import LoRAGAState
 
@@ -121,6 +122,9 @@ def how_to_load(peft_model: PeftModel, base: str) -> str:
         lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r}{at})")
     else:
         lines.append(f"\nbase = ...  # a {model_class.__name__}, with the weights that the adapter was trained on")
+    if peft_model.lora_ga.has_embeddings:  # the files hold those of the resized vocabulary
+        rows = full_shape(peft_model.get_input_embeddings().weight)[0]
+        lines.append(f"base.resize_token_embeddings({rows})")
     adapter_name = peft_model.lora_ga.adapter_name
     folder = "" if adapter_name == "default" else f", subfolder={adapter_name!r}"
     lines.append(f"model = PeftModel.from_pretrained(base, {HERE!r}{folder})  # or its name on the hub")

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -34,17 +36,34 @@ def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.
             else AutoModelForCausalLM
         )
         model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **own_code_only)
-        tokenizer = AutoTokenizer.from_pretrained(base, **own_code_only)
     except (OSError, ValueError) as error:
         raise ValueError(f"`base` is {base}, but no model can be loaded from there ({error}).") from error
+    tokenizer_of = base
     if adapter is not None:
         try:
+            rows = vocabulary_of(adapter, model)
+            if rows != model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(rows)
+                tokenizer_of = adapter
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError) as error:
             raise ValueError(f"`adapter` is {adapter}, but no adapter can be loaded from there ({error}).") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, **own_code_only)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No tokenizer can be loaded from {tokenizer_of} ({error}). Save it there.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(PartialState().device).eval(), tokenizer
+
+
+def vocabulary_of(adapter: str, model: PreTrainedModel) -> int:
+    """How many rows the embeddings have that the adapter was trained with: those in its files, or the base model's own."""
+    PeftConfig.from_pretrained(adapter)  # says plainly where no adapter is
+    embeddings = model.get_input_embeddings()
+    (name,) = [name for name, module in model.named_modules() if module is embeddings]
+    held = load_peft_weights(adapter, device="cpu").get(f"base_model.model.{name}.weight", embeddings.weight)
+    return held.shape[0]
 
 
 def model_settings(base: str, revision: str, adapter: str | None, dtype: str) -> dict[str, Any]:

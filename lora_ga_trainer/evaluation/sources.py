@@ -85,7 +85,8 @@ def load_named(dataset_name: str, remedy: str, **options: Any) -> Any:
         reason = (
             error.__cause__ if isinstance(error, DatasetGenerationError) else error
         )  # which says only that there was one
-        raise ValueError(f"The data set {dataset_name} cannot be loaded ({reason}). {remedy}") from error
+        where = "" if Path(dataset_name).is_dir() else " from the hub"
+        raise ValueError(f"The data set {dataset_name} cannot be loaded{where} ({reason}). {remedy}") from error
 
 
 def check_columns(items: Dataset, columns: tuple[str, ...], source: str) -> None:
