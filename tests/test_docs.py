@@ -249,7 +249,7 @@ def test_commands(page, tmp_path, monkeypatch):
         "lora-ga train --model_name_or_path M",
         "lora-ga sft --model_name_or_path M",
         "lora-ga sft --model_name_or_path M --dataset_path d.jsonl --no_such_option 1",
-        "lora-ga inspect out",
+        "lora-ga inspect --out page",
         "lora-ga compare out --out c --no_such_option",
         "python benchmarks/backends.py --no_such_option",
         "python benchmarks/none.py",

@@ -28,7 +28,10 @@ def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
-    own_code_only = {"revision": revision, "trust_remote_code": False}  # left out, transformers would ask on a terminal
+    own_code_only: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": False,
+    }  # left out, transformers would ask on a terminal
     try:
         kind = (
             AutoModelForSeq2SeqLM
@@ -38,18 +41,18 @@ def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.
         model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **own_code_only)
     except (OSError, ValueError) as error:
         raise ValueError(f"`base` is {base}, but no model can be loaded from there ({error}).") from error
-    tokenizer_of = base
+    tokenizer_of, at = base, own_code_only
     if adapter is not None:
         try:
-            rows = vocabulary_of(adapter, model)
-            if rows != model.get_input_embeddings().weight.shape[0]:
+            rows = resized_vocabulary(adapter, model)
+            if rows is not None:
                 model.resize_token_embeddings(rows)
-                tokenizer_of = adapter
+                tokenizer_of, at = adapter, {"trust_remote_code": False}
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError) as error:
             raise ValueError(f"`adapter` is {adapter}, but no adapter can be loaded from there ({error}).") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, **own_code_only)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, **at)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer can be loaded from {tokenizer_of} ({error}). Save it there.") from error
     if tokenizer.pad_token is None:
@@ -57,13 +60,13 @@ def load(base: str, revision: str, adapter: str | None, dtype: str) -> tuple[nn.
     return model.to(PartialState().device).eval(), tokenizer
 
 
-def vocabulary_of(adapter: str, model: PreTrainedModel) -> int:
-    """How many rows the embeddings have that the adapter was trained with: those in its files, or the base model's own."""
+def resized_vocabulary(adapter: str, model: PreTrainedModel) -> int | None:
+    """How many rows the embeddings in the adapter's files have, if they are more or fewer than the base model's."""
     PeftConfig.from_pretrained(adapter)  # says plainly where no adapter is
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     (name,) = [name for name, module in model.named_modules() if module is embeddings]
     held = load_peft_weights(adapter, device="cpu").get(f"base_model.model.{name}.weight", embeddings.weight)
-    return held.shape[0]
+    return len(held) if len(held) != len(embeddings.weight) else None
 
 
 def model_settings(base: str, revision: str, adapter: str | None, dtype: str) -> dict[str, Any]:

@@ -82,9 +82,8 @@ def load_named(dataset_name: str, remedy: str, **options: Any) -> Any:
     try:
         return load_dataset(dataset_name, **options)
     except (OSError, DatasetGenerationError) as error:
-        reason = (
-            error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        )  # which says only that there was one
+        # a `DatasetGenerationError` says only that there was one
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         where = "" if Path(dataset_name).is_dir() else " from the hub"
         raise ValueError(f"The data set {dataset_name} cannot be loaded{where} ({reason}). {remedy}") from error
 
