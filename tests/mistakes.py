@@ -685,6 +685,13 @@ def c25_a_finished_run_started_again(world):
     return said[0]
 
 
+def c26_merging_replicated_layers(world):
+    checkpoint = world.saved() / "checkpoint-4"
+    path = checkpoint / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_replication": [[0, 1], [0, 1]]}))
+    export(checkpoint, world.folder / "merged", merge=True)
+
+
 def rewrite(checkpoint: Path, name: str, content: str | bytes) -> None:
     """Replace a file, and its size in the list, so that it is not just incomplete."""
     (checkpoint / name).write_bytes(content.encode() if isinstance(content, str) else content)
