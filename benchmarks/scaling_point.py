@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.backends import gather_objects, rank, world_size
 from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import make_accumulator
+from lora_ga_trainer.estimation import Accumulator, make_accumulator
 
 VOCABULARY = 1000
 """Small: the head is no target, and its logits should not decide the memory."""
@@ -81,13 +81,17 @@ def with_lora(model: PreTrainedModel, point: Point) -> PeftModel:
 
 def held_bytes(model: PeftModel) -> dict[str, int]:
     """What the accumulators of all layers hold in the first pass, the largest, and what the gradients would take."""
-    sketch = gradient = 0
-    for name, layer in delta_layers(model, "default").items():
-        accumulator = make_accumulator(name, layer, "default", OPTIONS)
-        tensors = [value for value in vars(accumulator).values() if isinstance(value, Tensor)]
-        sketch += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        gradient += layer.get_base_layer().weight.nbytes  # as large as its gradient, both float32
-    return {"sketch_bytes": sketch, "gradient_bytes": gradient}
+    layers = delta_layers(model, "default")
+    accumulators = [make_accumulator(name, layer, "default", OPTIONS) for name, layer in layers.items()]
+    gradient = sum(layer.get_base_layer().weight.nbytes for layer in layers.values())  # as large, both float32
+    return {"sketch_bytes": bytes_of(accumulators), "gradient_bytes": gradient}
+
+
+def bytes_of(accumulators: list[Accumulator]) -> int:
+    """What they hold; a matrix that sketches share counts once."""
+    tensors = [value for acc in accumulators for value in vars(acc).values() if isinstance(value, Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def worker(point: Point, out: Path) -> None:

@@ -7,6 +7,8 @@ batch is given to `add`, then `end_pass` is called once; after the last pass `tr
 accumulated in float32, whatever the dtype of x and dy; see `product`.
 """
 
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,27 @@ HELD_OUT_COLUMNS = 8
 
 The relative standard error of the missed energy is at most √(2/8) = 50 %, and that energy is a small part of ‖G‖².
 """
+
+BASIS_DTYPE = torch.bfloat16
+"""What a sketch multiplies with. The sums are exact for the rounded matrices, whose span each side misses by 2⁻⁹ at most, so
+that both together miss 2⁻¹⁸ of a singular value."""
+
+_in_use: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+
+
+def gaussian_matrix(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """A Gaussian matrix (rows×columns, `BASIS_DTYPE`), drawn on the CPU, so that it is the same on every device.
+
+    Whoever asks for the same one gets the same tensor, as long as somebody holds it: all layers with as many features share it.
+    Each layer's matrix is as random as before; only a test that compares layers would notice.
+    """
+    key = (rows, columns, seed, device)
+    matrix = _in_use.get(key)
+    if matrix is None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+        matrix = _in_use[key] = drawn.to(device, BASIS_DTYPE)
+    return matrix
 
 
 def operands(x_TI: Tensor, dy_TO: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +110,7 @@ class ExactGradient:
 
 
 class GradientSketch:
-    """A sketch of G that never forms G: 2·K·(O+I) numbers instead of O·I.
+    """A sketch of G that never forms G: K·(O+I) sums in float32, and from the second pass on as many numbers in bfloat16.
 
     Every pass multiplies G from both sides at once and sums
 
@@ -106,40 +129,30 @@ class GradientSketch:
     the least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99). For one
     pass K should be at least twice the number of triplets wanted.
 
-    The Gaussian matrices are drawn on the CPU from `seed`, so that every process and every device uses the same ones.
-
     Args:
         width: K, at most half of min(O, I).
         passes: how often the examples stream by, at least 1.
-        seed: of the Gaussian matrices; give each layer its own.
+        seed: of the Gaussian matrices, which all sketches with the same seed, width and features share.
     """
 
     def __init__(self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device):
         self.width, self.passes, self.passes_done = width, passes, 0
         self.seed, self.device = seed, device
-        self.left_OK = self._gaussian(out_features, width, stream=2)
-        # the test columns go along with the first P
-        self.right_IK = torch.cat([self._gaussian(in_features, width, stream=0), self._held_out_IH(in_features)], dim=1)
+        self.left_OK = gaussian_matrix(out_features, width, seed, device)
+        # held-out columns behind the first P
+        self.right_IK = gaussian_matrix(in_features, width + HELD_OUT_COLUMNS, seed + 1, device)
         self._start_sums()
-
-    def _gaussian(self, rows: int, columns: int, stream: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(self.seed + stream)
-        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
-        return drawn.to(self.device)
-
-    def _held_out_IH(self, in_features: int) -> Tensor:
-        return self._gaussian(in_features, HELD_OUT_COLUMNS, stream=1)
 
     def _start_sums(self) -> None:
         (O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape
-        self.range_OK = torch.zeros(O, columns, dtype=torch.float32, device=self.device)
-        self.corange_KI = torch.zeros(K, I, dtype=torch.float32, device=self.device)
+        self.range_OK = torch.zeros(O, columns, device=self.device, dtype=torch.float32)
+        self.corange_KI = torch.zeros(K, I, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
         x_TI, dy_TO = operands(x_TI, dy_TO)
-        add_product(self.range_OK, dy_TO.T, product(x_TI, self.right_IK))
-        add_product(self.corange_KI, product(dy_TO, self.left_OK).T, x_TI)
+        add_product(self.range_OK, dy_TO.T, product(x_TI, self.right_IK.to(x_TI.dtype)))
+        add_product(self.corange_KI, product(dy_TO, self.left_OK.to(dy_TO.dtype)).T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""
@@ -149,44 +162,58 @@ class GradientSketch:
         """Turn what this pass summed into the bases that the next pass multiplies with."""
         self.passes_done += 1
         if self.passes_done == 1:
-            self.held_out_OH = self.range_OK[:, self.width :].clone()
-            self.range_OK = self.range_OK[:, : self.width].contiguous()
-            self.right_IK = self.right_IK[:, : self.width].contiguous()
+            range_OK, held_out_OH = self.range_OK.split([self.width, HELD_OUT_COLUMNS], dim=1)
+            # the norm needs three digits of it
+            self.held_out_OH, self.range_OK = held_out_OH.to(BASIS_DTYPE), range_OK.contiguous()
         if self.passes_done < self.passes:
-            self.left_OK, self.right_IK = torch.linalg.qr(self.range_OK).Q, torch.linalg.qr(self.corange_KI.T).Q
+            self.left_OK = torch.linalg.qr(self.range_OK).Q.to(BASIS_DTYPE)
+            self.right_IK = torch.linalg.qr(self.corange_KI.T).Q.to(BASIS_DTYPE)
             self._start_sums()
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
-        held_out_IH = self._held_out_IH(self.right_IK.shape[0])
-        if self.passes == 1:
-            basis_OK = _svd_of_tall(self.range_OK)[0][:, : max(k, self.width // 2)]
-            projected_KI = torch.linalg.lstsq(self.left_OK.T @ basis_OK, self.corange_KI).solution
-            missed_OH = self.held_out_OH - basis_OK @ (projected_KI @ held_out_IH)
-            v_IK, s_K, w_KK = _svd_of_tall(projected_KI.T)
-            u_OK = basis_OK @ w_KK
-        else:
-            missed_OH = self.held_out_OH - self.range_OK @ (self.right_IK.T @ held_out_IH)
-            missed_OH -= self.left_OK @ (self.left_OK.T @ missed_OH)
-            u_OK, s_K, v_IK = _svd_from_both_sides(self.left_OK, self.range_OK, self.right_IK, self.corange_KI)
+        # again, of the same seed: held since the first pass it would take as much as a basis
+        first_P = gaussian_matrix(len(self.right_IK), self.width + HELD_OUT_COLUMNS, self.seed + 1, self.device)
+        test_IH, found_OH = first_P[:, self.width :].float(), self.held_out_OH.float()
+        find = self._from_one_pass if self.passes == 1 else self._from_both_bases
+        u_OK, s_K, v_IK, missed_OH = find(k, test_IH, found_OH)
         # ‖G‖² = what the projection holds + what it misses; E‖Mω‖² = ‖M‖² for a Gaussian ω.
         squared_norm = s_K.square().sum() + missed_OH.square().sum() / HELD_OUT_COLUMNS
         # clone: a slice would keep all columns alive
         return SingularTriplets(u_OK[:, :k].clone(), s_K[:k].clone(), v_IK[:, :k].clone(), squared_norm.sqrt().item())
 
+    def _from_one_pass(self, k: int, test_IH: Tensor, found_OH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U, s, V of U (QᵀU)⁺ Z, and what of G the test columns find missing in it."""
+        basis_OK = _svd_of_tall(self.range_OK)[0][:, : max(k, self.width // 2)]
+        projected_KI = torch.linalg.lstsq(self.left_OK.float().T @ basis_OK, self.corange_KI).solution
+        v_IK, s_K, w_KK = _svd_of_tall(projected_KI.T)
+        return basis_OK @ w_KK, s_K, v_IK, found_OH - basis_OK @ (projected_KI @ test_IH)
 
-def _svd_from_both_sides(q_OK: Tensor, y_OK: Tensor, p_IK: Tensor, z_KI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s, V of Ĝ = Q Z + Y Pᵀ − Q (QᵀY) Pᵀ, of rank 2K.
+    def _from_both_bases(self, k: int, test_IH: Tensor, found_OH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U, s, V of Ĝ, of rank 2K, and what of G the test columns find missing in it.
 
-    With [Q, Y] = U₀ [R1, R2] and [P, Zᵀ] = V₀ [S1, S2] it is U₀ (R1 S2ᵀ + R2 S1ᵀ − R1 QᵀY S1ᵀ) V₀ᵀ, and only the 2K×2K matrix
-    in the middle needs an SVD.
-    """
-    K = q_OK.shape[1]
-    left, right = torch.linalg.qr(torch.cat([q_OK, y_OK], dim=1)), torch.linalg.qr(torch.cat([p_IK, z_KI.T], dim=1))
-    (r1, r2), (s1, s2) = left.R.split(K, dim=1), right.R.split(K, dim=1)
-    middle = r1 @ s2.T + (r2 - r1 @ (q_OK.T @ y_OK)) @ s1.T
-    u, s, vt = (part.to(q_OK.device) for part in torch.linalg.svd(middle.cpu()))  # small: costs the same on any device
-    return left.Q @ u, s, right.Q @ vt.T
+        P and Q have been rounded, and their sums belong to what they were rounded to. QR makes them orthonormal again,
+        [Q, Y] = L [[R₁, ·], [0, R₂]] and [P, Zᵀ] = M [S₁, S₂] with K columns each, and then
+
+            Ĝ = L [[R₁⁻ᵀ S₂ᵀ], [R₂ S₁⁻¹, 0]] Mᵀ
+
+        where only the 2K×2K matrix in the middle needs an SVD. R₁ and S₁ are triangular and within 2⁻⁹ of the identity.
+        """
+        K = self.width
+        left = torch.linalg.qr(torch.cat([self.left_OK.float(), self.range_OK], dim=1))
+        right = torch.linalg.qr(torch.cat([self.right_IK.float(), self.corange_KI.T], dim=1))
+        (r1, _), (_, r2) = (rows.split(K, dim=1) for rows in left.R.split(K))
+        s1, s2 = right.R[:K, :K], right.R[:, K:]
+        upper = torch.linalg.solve_triangular(r1.T, s2.T, upper=False)
+        lower = torch.linalg.solve_triangular(s1, r2, upper=True, left=False)
+        middle = torch.cat([upper, torch.cat([lower, torch.zeros_like(lower)], dim=1)])
+        # small: costs the same on any device
+        u, s, vt = (part.to(self.device) for part in torch.linalg.svd(middle.cpu()))
+        # (I − QQᵀ) (G − G P Pᵀ) ω
+        q_OK, p_IK = left.Q[:, :K], right.Q[:, :K]
+        missed_OH = found_OH - self.range_OK @ torch.linalg.solve_triangular(s1, p_IK.T @ test_IH, upper=True)
+        missed_OH -= q_OK @ (q_OK.T @ missed_OH)
+        return left.Q @ u, s, right.Q @ vt.T, missed_OH
 
 
 def _svd_of_tall(m_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -147,20 +147,20 @@ def sketch_width(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAA
 
 
 def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoRAGAArguments) -> Accumulator:
-    """The accumulator that `config` asks for; the exact gradient also where a sketch of it would be the larger.
+    """The accumulator that `config` asks for; the exact gradient also where a sketch would be hardly smaller.
 
-    It is on the layer's own device: a model may be split over several.
+    It is on the layer's own device: a model may be split over several. All sketches of a seed share their Gaussian matrices.
     """
     O, I, device = layer.out_features, layer.in_features, compute_device(layer.lora_A[adapter_name].trainable)
     width = sketch_width(name, layer, adapter_name, config)
     if config.ga_estimator == "exact" or 2 * width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
-    return GradientSketch(O, I, width, config.ga_sketch_passes, layer_seed(name, config.ga_seed), device)
+    return GradientSketch(O, I, width, config.ga_sketch_passes, derived_seed("sketch", config.ga_seed), device)
 
 
-def layer_seed(name: str, seed: int) -> int:
-    """A seed for one layer that does not depend on process, device or the other layers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+def derived_seed(purpose: str, seed: int) -> int:
+    """A seed for one purpose that does not depend on process or device, nor meets a model's or a data set's own seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
 
 
 def estimate_gradients(

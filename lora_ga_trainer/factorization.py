@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import LoRAGAArguments
 from .backends import broadcast, compute_device, full_tensor, raise_on_all, rank, spread
 from .delta import freeze_trained, write_factors
-from .estimation import Accumulator, layer_seed
+from .estimation import Accumulator, derived_seed
 from .factors import Factors, lora_ga_factors, scale_factors
 from .quantized import dequantized_weight
 from .report import LayerReport
@@ -101,6 +101,6 @@ def factor_gradient(
     )
     if not config.ga_offset:
         scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
-    generator = torch.Generator("cpu").manual_seed(layer_seed(f"{name}/direction", config.ga_seed))
+    generator = torch.Generator("cpu").manual_seed(derived_seed(f"{name}/direction", config.ga_seed))
     direction = config.ga_direction
     return lora_ga_factors(accumulator.triplets(2 * R), R, direction, scales, generator)  # type: ignore[arg-type]  # as above

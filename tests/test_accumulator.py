@@ -1,11 +1,14 @@
 """The accumulators, fed with activations and output gradients of a known G = Σ dyᵀ x."""
 
+import statistics
+
 import dense_reference
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_ga_trainer import accumulator
 from lora_ga_trainer.accumulator import ExactGradient, GradientSketch, in_two_parts
 from lora_ga_trainer.factors import Scales, lora_ga_factors
 
@@ -74,16 +77,19 @@ def test_the_norm_counts_what_the_basis_misses(passes):
     """A flat spectrum, of which 12 directions of 96 hold less than half: ‖G‖ all the same, to 15 %.
 
     768 entries of held-out columns give the missed energy to √(2/768) = 5 %. One pass only guesses at the energy of its own
-    basis, which on a flat spectrum is mostly noise: a factor 2.
+    basis, which on a flat spectrum is mostly noise: a factor 2 in the median of the draws, more in an eighth of them.
     """
     generator = torch.Generator().manual_seed(5)
     x, dy = torch.randn(2000, I, generator=generator), torch.randn(2000, O, generator=generator)
-    for seed in range(3):
+    norm, found = torch.linalg.norm(dy.T @ x).item(), []
+    for seed in range(0, 18, 2):  # a seed and the next are those of one sketch
         triplets = run(GradientSketch(O, I, 12, passes, seed, CPU), x, dy, split=500).triplets(6 if passes == 1 else 12)
-        norm = torch.linalg.norm(dy.T @ x).item()
-        assert triplets.gradient_norm == pytest.approx(norm, rel=0.15 if passes > 1 else 1.0)
+        found.append(triplets.gradient_norm)
         if passes > 1:
             assert triplets.s_K.norm() < 0.7 * norm, "the held-out columns matter here"
+    if passes == 1:
+        found = [statistics.median(found)]
+    assert found == pytest.approx([norm] * len(found), rel=0.15 if passes > 1 else 1.0)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -107,22 +113,51 @@ def test_sketch_does_not_depend_on_batching(passes):
     assert overlap.min() > 1 - 1e-4  # the same, through the gaps of the spectrum
 
 
-def test_sketch_keeps_no_more_than_it_says():
-    """2·K·(O+I) numbers and the held-out columns, in every pass."""
-    width, held_out = 24, 8
-    sketch = GradientSketch(O, I, width, 3, 0, CPU)
-    for _ in range(3):
-        held = sum(t.numel() for t in vars(sketch).values() if isinstance(t, torch.Tensor))
-        assert held <= 2 * width * (O + I) + held_out * (O + I)
-        sketch.add(torch.randn(5, I), torch.randn(5, O))
-        sketch.end_pass()
+def bytes_held(*sketches):
+    """What they hold together; a tensor that they share counts once."""
+    tensors = {id(value): value for sketch in sketches for value in vars(sketch).values() if torch.is_tensor(value)}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_sketch_keeps_no_more_than_it_says(layers):
+    """K·(O+I) sums in float32; in the first pass 8 test columns of O more, and the Gaussian matrices once for all layers; later
+    the bases and the test columns' results in 16 bits."""
+    width, held_out, seed = 24, 8, 12345
+    sketches = [GradientSketch(O, I, width, 3, seed, CPU) for _ in range(layers)]
+    gaussian = 2 * (width * (O + I) + held_out * I)
+    assert bytes_held(*sketches) == layers * 4 * (width * (O + I) + held_out * O) + gaussian
+    for _ in range(2):
+        for sketch in sketches:
+            sketch.add(torch.randn(5, I), torch.randn(5, O))
+            sketch.end_pass()
+        assert bytes_held(*sketches) == layers * (6 * width * (O + I) + 2 * held_out * O)
+        assert not any(key[2] in (seed, seed + 1) for key in accumulator._in_use), "the Gaussian matrices are gone"
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_bases_in_16_bits_lose_nothing(passes, monkeypatch):
+    """Both bases together miss 2⁻⁹·2⁻⁹ = 4e-6 of what a basis in float32 holds, and the next pass rounds once more."""
+    x, dy = stream()
+    grad_OI = dy.T @ x
+
+    def alignment(dtype, seed):
+        monkeypatch.setattr(accumulator, "BASIS_DTYPE", dtype)
+        return exact_alignment(grad_OI, factors_of(run(GradientSketch(O, I, 24, passes, seed, CPU), x, dy, 400)))
+
+    for seed in range(0, 10, 2):
+        assert alignment(torch.bfloat16, seed) == pytest.approx(alignment(torch.float32, seed), abs=1e-5)
 
 
 def test_seeds_decide_the_test_matrices():
-    first, same, other = (GradientSketch(O, I, 24, 1, seed, CPU) for seed in (7, 7, 8))
-    assert torch.equal(first.right_IK, same.right_IK) and torch.equal(first.left_OK, same.left_OK)
+    first, same, other = (GradientSketch(O, I, 24, 1, seed, CPU) for seed in (7, 7, 9))
+    assert first.right_IK is same.right_IK and first.left_OK is same.left_OK, "shared"
     assert not torch.equal(first.right_IK, other.right_IK)
     assert not torch.equal(first.right_IK[:O, : first.width], first.left_OK)
+    first_of_all = GradientSketch(O, I, 24, 1, 7, CPU).right_IK.clone()
+    del first, same
+    assert torch.equal(GradientSketch(O, I, 24, 1, 7, CPU).right_IK, first_of_all), "drawn again, the same"
 
 
 # --- 16 bits --------------------------------------------------------------------------------------------------------
@@ -165,9 +200,10 @@ def test_on_cuda_bfloat16_is_multiplied_as_it_is():
         x, dy = (torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for n in (I, O))
         for accumulator, names in ((sketch, ("left_OK", "right_IK", "range_OK", "corange_KI")), (exact, ("grad_OI",))):
             for name in names:
-                setattr(accumulator, name, torch.empty(getattr(accumulator, name).shape, device="cuda"))
+                of = getattr(accumulator, name)
+                setattr(accumulator, name, torch.empty(of.shape, dtype=of.dtype, device="cuda"))
             with LargestFloat32() as largest:
                 accumulator.add(x, dy)
             assert all(total.dtype == torch.float32 and total.device.type == "cuda" for total in accumulator.sums())
-            # the product with both parts of a basis and of the test columns; the gradient
-            assert largest.numbers == (tokens * 2 * (K + 8) if accumulator is sketch else O * I)
+            # xP, with the held-out columns; the gradient
+            assert largest.numbers == (tokens * (K + 8) if accumulator is sketch else O * I)
