@@ -3,7 +3,7 @@
 What a run communicates for LoRA-GA, beyond what every forward and backward of its backend does:
 
     1. counts        how many batches and label tokens each process has, and what went wrong there (small objects)
-    2. sketches      one flat all-reduce per pass over the samples: `sum_over_processes`
+    2. sketches      all-reduced after each pass over the samples, in buckets: `sum_over_processes`
     3. factors       every process factors its share of the layers and broadcasts A0, B0: `spread`, `broadcast`
 
 Most rules go by the parameter, not by the launcher, so that they hold in a loop of one's own as well: a ZeRO-3 parameter is
@@ -11,7 +11,8 @@ partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, any other is whole 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,34 +44,67 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def raise_on_all(problem: str | None) -> None:
-    """Raise the first process's problem on every process: one that went on alone would wait for the others for ever.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Let an error inside on one process stop all: one that went on alone would wait for the others for ever.
+
+    Every process has to come through here; nothing inside may communicate.
 
     Raises:
-        ValueError: the `problem` of some process is not None.
+        ValueError, RuntimeError: as raised inside; on the other processes with the same text, so that all of them take an
+            "out of memory" for one and may try again with a smaller batch (`auto_find_batch_size`).
     """
-    for found in gather_objects(problem):
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        gather_objects(kind(str(error)))
+        raise
+    for found in gather_objects(None):
         if found is not None:
-            raise ValueError(found)
+            raise found
+
+
+BUCKET_BYTES = 64 * 2**20
+"""How much `sum_over_processes` copies at once: enough for a network to be busy, and little beside the sums themselves."""
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:
-    """Sum each tensor over all processes, in place, in one flat all-reduce.
+    """Sum each tensor over all processes, in place. Small ones are joined, up to `BUCKET_BYTES`; large ones are not copied.
 
     Args:
-        tensors: of one dtype, on one device, of the same shapes on every process.
+        tensors: contiguous, of one dtype, on one device, of the same shapes on every process.
 
     Returns:
-        the bytes that this process put into the all-reduce; 0 when it is alone.
+        the bytes that this process put into the all-reduces; 0 when it is alone.
     """
     if world_size() == 1:
         return 0
     tensors = list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-    return flat.numel() * flat.element_size()
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1:
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        del flat, part  # or two of them would stand at once
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors` in their order, as many together as `BUCKET_BYTES` holds, or one that is larger."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def spread(costs: dict[str, int]) -> dict[str, int]:
@@ -143,18 +177,17 @@ def leading_rows(parameter: Tensor) -> Tensor:
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """The whole of one parameter, detached. Every process has to call it, in the same order.
+    """The whole of one parameter, detached, where the forward pass uses it. Every process has to call it, in the same order.
 
-    A sharded parameter comes as a copy, which stands on every process until it is dropped.
+    A sharded or offloaded parameter comes as a copy, which stands on every process until it is dropped.
     """
     if is_zero3(parameter):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
-    if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()  # type: ignore[attr-defined]  # detached it is a DTensor, too
-    return parameter.detach()
+    value = parameter.detach().to(compute_device(parameter))  # an offloaded shard: NCCL sends nothing from the host
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def write_parameter(parameter: Tensor, value: Tensor) -> None:

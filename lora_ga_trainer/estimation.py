@@ -23,10 +23,10 @@ from .arguments import LoRAGAArguments
 from .backends import (
     batch_device,
     compute_device,
+    failing_together,
     full_shape,
     gather_objects,
     input_embedding_weight,
-    raise_on_all,
     rank,
     sum_over_processes,
     world_size,
@@ -50,7 +50,10 @@ def check_batches(model: PeftModel, batches: list[dict[str, Tensor]], need_label
     Raises:
         ValueError: a batch of some process has tokens that the model does not know; or no labels, though they are needed.
     """
-    raise_on_all(next(filter(None, (_batch_problem(model, batch, need_labels) for batch in batches)), None))
+    with failing_together():
+        for batch in batches:
+            if problem := _batch_problem(model, batch, need_labels):
+                raise ValueError(problem)
 
 
 def _batch_problem(model: PeftModel, batch: dict[str, Tensor], needs_labels: bool) -> str | None:
@@ -209,10 +212,12 @@ def estimate_gradients(
                     losses.append(loss.detach().reshape(()))
                     backward(loss * (weight * loss_scale))
                     progress.update(count_examples(batch) if weight else 0)
-            raise_on_all(_loss_problem(losses))
+            with failing_together():  # not sooner: the forward and the loss may communicate
+                _check_losses(losses)
             bytes_of_passes.append(_finish_sums(summing, loss_scale))
-            for accumulator in summing.values():
-                accumulator.end_pass()
+            with failing_together():
+                for accumulator in summing.values():
+                    accumulator.end_pass()
     return bytes_of_passes
 
 
@@ -254,17 +259,16 @@ def _check_reached(loss: Tensor, index: int) -> None:
         )
 
 
-def _loss_problem(losses: list[Tensor]) -> str | None:
+def _check_losses(losses: list[Tensor]) -> None:
     """Of a whole pass, so that the accelerator is not waited for after every batch."""
     values = torch.stack(losses).tolist()
     bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is None:
-        return None
-    process = f" on process {rank()}" if world_size() > 1 else ""
-    return (
-        f"The loss of batch {bad} for LoRA-GA{process} is {values[bad]}, so there is no gradient to start from. Look for "
-        "NaN or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
-    )
+    if bad is not None:
+        process = f" on process {rank()}" if world_size() > 1 else ""
+        raise ValueError(
+            f"The loss of batch {bad} for LoRA-GA{process} is {values[bad]}, so there is no gradient to start from. Look for "
+            "NaN or Inf in the model's weights, or load it in a wider dtype (bf16 or fp32 instead of fp16)."
+        )
 
 
 def whole_list(names: list[str]) -> str:

@@ -8,10 +8,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .arguments import LoRAGAArguments
-from .backends import broadcast, compute_device, full_tensor, raise_on_all, rank, spread
+from .backends import broadcast, compute_device, failing_together, full_tensor, is_sharded, rank, spread
 from .delta import freeze_trained, write_factors
 from .estimation import Accumulator, derived_seed
-from .factors import Factors, lora_ga_factors, scale_factors
+from .factors import Factors, leading_singular_values, lora_ga_factors, scale_factors
 from .quantized import dequantized_weight
 from .report import LayerReport
 
@@ -31,50 +31,74 @@ def write_all_factors(
         what there is to tell of each layer.
     """
     owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
+    mine = {name for name, owner in owners.items() if owner == rank()}
+    weights_s = weight_spectra(layers, mine, adapter_name, config) if config.ga_scale == "weight_svd" else {}
     found: dict[str, Factors] = {}
-    problem = None
-    for name, layer in layers.items():
-        mine = owners[name] == rank()
-        weight_s = weight_singular_values(layer, mine) if config.ga_scale == "weight_svd" else None
-        accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
-        if mine:
-            try:
-                found[name] = factor_gradient(name, layer, accumulator, adapter_name, config, weight_s)
-            except torch.linalg.LinAlgError as error:
-                problem = f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
-    raise_on_all(problem)
+    with failing_together():
+        for name, layer in layers.items():
+            accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
+            if name in mine:
+                try:
+                    found[name] = factor_gradient(
+                        name, layer, accumulator, adapter_name, config, weights_s.pop(name, None)
+                    )
+                except torch.linalg.LinAlgError as error:
+                    raise ValueError(
+                        f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
+                    ) from error
 
-    to_tell = []
+    numbers = {}
     for name, layer in layers.items():
         R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
         device = compute_device(layer.lora_A[adapter_name].trainable)
-        flat = torch.empty(R * I + O * R + 2 * R + 2, dtype=torch.float32, device=device)
+        flat = torch.empty(R * I + O * R + 2 * R + 2, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
-            numbers = torch.tensor([factors.alignment, factors.gradient_norm], dtype=torch.float32, device=device)
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, numbers]
+            alignment_and_norm = torch.tensor(
+                [factors.alignment, factors.gradient_norm], device=device, dtype=torch.float32
+            )
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, alignment_and_norm]
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
-        a, b, numbers = flat.split([R * I, O * R, 2 * R + 2])
+        a, b, of_report = flat.split([R * I, O * R, 2 * R + 2])
         if restart:
             freeze_trained(layer, adapter_name)
         write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
-        to_tell.append(numbers.clone())  # a part of `flat` would keep all of it
-    # after the loop, which so waits for no layer's broadcast and write
+        numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
-    for name, numbers in zip(layers, to_tell, strict=True):
-        *singular_values, layer_alignment, gradient_norm = numbers.tolist()
+    for name, of_report in numbers.items():
+        *singular_values, layer_alignment, gradient_norm = of_report.tolist()
         reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm)
     return reports
 
 
-def weight_singular_values(layer: LoraLayer, mine: bool) -> Tensor | None:
-    """The singular values of W, dequantized and gathered, on the process whose layer it is; all take part in gathering.
+def weight_spectra(
+    layers: dict[str, LoraLayer], mine: set[str], adapter_name: str, config: LoRAGAArguments
+) -> dict[str, Tensor]:
+    """The R leading singular values of W, dequantized, for the layers that this process factors.
 
-    The whole weight lives no longer than this call, so that no two ever stand on a process.
+    Sharded weights are gathered one after another, so that no two ever stand on a process; all take part. What is computed on
+    one meanwhile is a few thin products, which the others hardly wait for.
+
+    Raises:
+        RuntimeError: on all processes, if one of them ran out of memory or found no singular values.
     """
-    weight = full_tensor(dequantized_weight(layer))
-    return torch.linalg.svdvals(weight.detach().float()) if mine else None
+    found: dict[str, Tensor] = {}
+    problem: RuntimeError | None = None
+    for name, layer in layers.items():
+        if name not in mine and not any(map(is_sharded, layer.get_base_layer().parameters())):
+            continue
+        weight = full_tensor(dequantized_weight(layer))
+        if name in mine and problem is None:
+            generator = torch.Generator("cpu").manual_seed(derived_seed(f"{name}/weight", config.ga_seed))
+            try:
+                found[name] = leading_singular_values(weight, layer.r[adapter_name], generator)
+            except RuntimeError as error:
+                problem = error
+    with failing_together():
+        if problem is not None:
+            raise problem
+    return found
 
 
 def factor_gradient(
@@ -87,7 +111,7 @@ def factor_gradient(
 ) -> Factors:
     """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas.
 
-    `weight_s`, the singular values of W, are for `weight_svd` only.
+    `weight_s`, the leading singular values of W, are for `weight_svd` only.
     """
     R = layer.r[adapter_name]
     scales = scale_factors(

@@ -118,7 +118,7 @@ def scale_factors(
     Args:
         scaling: PEFT's `scaling` of the layer; with rsLoRA s = α/√r (the paper's η).
         gamma: γ, used by `stable` only.
-        weight_singular_values: called by `weight_svd` only; returns the singular values of W, descending.
+        weight_singular_values: called by `weight_svd` only; returns the leading singular values of W, descending.
     """
     if scale == "gaussian":
         return Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
@@ -130,6 +130,31 @@ def scale_factors(
     }
     c = formulas[scale]()
     return Scales(c, c)
+
+
+KRYLOV_BLOCKS = 9
+"""With 9 blocks of r + 8 the scale `weight_svd` is within 0.1 % on matrices of independent Gaussian entries, whose spectrum is
+flat and hardest to find, and within 10⁻⁵ on decaying ones (tests/test_factors.py). c is a mean of square roots, so the values
+themselves may be twice as far off. They come out too small, never too large."""
+
+
+def leading_singular_values(weight_OI: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """The first `rank` singular values of W (O×I), float32, descending, by block Krylov iteration (Musco & Musco 2015,
+    algorithm 2): those of W on the span of X, WᵀW X, …, (WᵀW)⁸ X. Small matrices get a full SVD instead.
+
+    Args:
+        generator: a CPU generator, from which X is drawn.
+    """
+    weight_OI = weight_OI.detach().float()
+    (O, I), width = weight_OI.shape, rank + 8
+    if KRYLOV_BLOCKS * width >= min(O, I):
+        return torch.linalg.svdvals(weight_OI)[:rank]
+    block_IW = torch.randn(I, width, generator=generator, dtype=torch.float32, device="cpu").to(weight_OI.device)
+    blocks = [torch.linalg.qr(block_IW).Q]
+    for _ in range(KRYLOV_BLOCKS - 1):
+        blocks.append(torch.linalg.qr(weight_OI.T @ (weight_OI @ blocks[-1])).Q)
+    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+    return torch.linalg.svdvals(torch.linalg.qr(weight_OI @ basis).R)[:rank]
 
 
 def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:

@@ -12,10 +12,11 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
 from tiny import peft_pair, tiny_batches
 from torch.distributed.fsdp import fully_shard
 
-from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer import LoRAGAArguments, accumulator, backends, factorization, initialize_lora_ga
 from lora_ga_trainer.backends import full_tensor
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
 from lora_ga_trainer.estimation import language_model_loss
@@ -75,6 +76,49 @@ def in_fsdp2(rank: int) -> dict[str, torch.Tensor]:
     return initialized(model, batches_of(rank))
 
 
+def kept_by_the_writer(rank: int) -> int:
+    """How many tensors of a sharded adapter this process holds to save them."""
+    model, _ = peft_pair()
+    attach_lora_ga(model, CONFIG)
+    fully_shard(model)
+    return len(adapter_state_dict(model, keep=rank == 0))
+
+
+def summed(rank: int) -> dict:
+    """Tensors of which some fit into a bucket together, some alone and some not at all; before and after."""
+    generator = torch.Generator().manual_seed(rank)
+    tensors = [torch.randn(size, generator=generator) for size in ((3, 4), (5,), (7, 9), (1,), (), (40,), (2, 2))]
+    before = [tensor.clone() for tensor in tensors]
+    bucket_bytes, backends.BUCKET_BYTES = backends.BUCKET_BYTES, 100
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor: (calls.append(tensor.numel()), all_reduce(tensor))
+    try:
+        return {"before": before, "bytes": backends.sum_over_processes(tensors), "after": tensors, "calls": calls}
+    finally:
+        dist.all_reduce, backends.BUCKET_BYTES = all_reduce, bucket_bytes
+
+
+def out_of_memory(rank: int, owner: object, name: str) -> str:
+    """What this process raises when the second runs out of memory in `owner.name`."""
+    function = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. (simulated)")
+        return function(*args, **kwargs)
+
+    config = LoRAGAArguments(ga_sketch_size=10, ga_scale="weight_svd")
+    setattr(owner, name, failing)
+    try:
+        initialize_lora_ga(peft_pair()[0], batches_of(rank), config, disable_tqdm=True)
+    except RuntimeError as error:
+        return str(error) if should_reduce_batch_size(error) else f"not taken for one: {error}"
+    finally:
+        setattr(owner, name, function)
+    raise AssertionError("no error")
+
+
 class Heard(logging.Handler):
     """Keeps what is logged."""
 
@@ -101,6 +145,16 @@ def main(out: Path) -> None:
         "nan": refused(peft_pair()[0], batches_of(rank), compute_loss=nan_on_the_second),
         "nothing": refused(peft_pair()[0], nothing),
         "warnings": heard.texts,
+        "kept": kept_by_the_writer(rank),
+        "summed": summed(rank),
+        "out of memory": [
+            out_of_memory(rank, owner, name)
+            for owner, name in (
+                (accumulator.GradientSketch, "end_pass"),
+                (factorization, "factor_gradient"),
+                (factorization, "leading_singular_values"),
+            )
+        ],
     }
     torch.save(found, out / f"{rank}.pt")
     dist.barrier()

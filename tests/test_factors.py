@@ -4,7 +4,7 @@ import dense_reference
 import pytest
 import torch
 
-from lora_ga_trainer.factors import Scales, SingularTriplets, lora_ga_factors, scale_factors
+from lora_ga_trainer.factors import Scales, SingularTriplets, leading_singular_values, lora_ga_factors, scale_factors
 
 RANK, SCALING, GAMMA = 3, 5.5, 16.0
 # float32 singular vectors against float64: the gaps of a 40×28 Gaussian's spectrum amplify 6e-8 by about a hundred.
@@ -47,6 +47,20 @@ def test_factors_are_the_papers(direction, scale, shape):
     assert same_up_to_signs(found.b_OR.T, b_OR.T)
     # float32 against float64 in a cosine of order 1
     assert found.alignment == pytest.approx(dense_reference.alignment(grad_OI, a_RI, b_OR), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(600, 640), (640, 300), (40, 700)])
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 1e-3), (0.5, 1e-5)])
+def test_the_scale_of_the_weight_from_few_singular_values(decay, tolerance, shape):
+    """Against the full SVD. Without decay the spectrum is a Gaussian matrix's, the flattest that a weight starts from: 0.1 %. A
+    width of 40 gets the full SVD."""
+    u, s, vt = torch.linalg.svd(gradient(*shape), full_matrices=False)
+    s = s * torch.arange(1.0, len(s) + 1) ** -decay
+    found = leading_singular_values(u * s @ vt, 8, torch.Generator().manual_seed(1))
+    assert found.shape == (8,) and torch.equal(found, found.sort(descending=True).values)
+    # the scale itself: a mean of square roots
+    assert found.sqrt().mean().item() == pytest.approx(s[:8].sqrt().mean().item(), rel=tolerance)
+    assert (found <= s[:8] * (1 + 1e-5)).all(), "too small, never too large, but for float32"
 
 
 def test_random_direction_takes_disjoint_singular_vectors_and_follows_its_seed():

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from tiny import lora_config, peft_pair, tiny_batches, tiny_model
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
-from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, backends, delta, initialize_lora_ga, restart_lora_ga
+from lora_ga_trainer.delta import delta_layers, freeze_trained
 from lora_ga_trainer.estimation import language_model_loss
+from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.launches import Launch, check_restart
 from lora_ga_trainer.restarts import check_schedule, restart_is_due, rewarm, rewarmed
 
@@ -338,3 +341,22 @@ def test_another_number_of_steps_between_restarts_is_another_run(run, tmp_path):
     run(save_strategy="steps", save_steps=2, max_steps=4)
     with pytest.raises(ValueError, match="`ga_restart_steps` is 4, but the checkpoint .* was made with 3"):
         run(str(Path(tmp_path, "run/checkpoint-2")), ga_restart_steps=4)
+
+
+def test_restarts_with_offloaded_parameters(one_process_group, monkeypatch):
+    """FSDP2's `fsdp_offload_params` keeps parameters on the host; the history is where the forward pass uses it. The device
+    without memory stands in for the accelerator; nothing can be written from there, so what is written is not looked at."""
+    model = get_peft_model(tiny_model(), lora_config())
+    name = attach_lora_ga(model, LoRAGAArguments())
+    fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    accelerator = torch.device("meta")
+    for module in (backends, delta):
+        monkeypatch.setattr(module, "compute_device", lambda parameter: accelerator)
+    monkeypatch.setattr(delta, "write_parameter", lambda parameter, value: None)
+    layer = next(iter(delta_layers(model, name).values()))
+    half, R = layer.lora_A[name], layer.r[name]
+    assert isinstance(half.trainable, DTensor) and half.trainable.device.type == "cpu"
+    for restart in (1, 2, 3):
+        freeze_trained(layer, name)
+        assert half.history.device == accelerator
+        assert half.history.shape == (2 * R * restart, layer.in_features)

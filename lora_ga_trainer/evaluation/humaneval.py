@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..backends import gather_objects, raise_on_all, rank, world_size
+from ..backends import failing_together, gather_objects, rank, world_size
 from .arguments import EvaluationArguments
 from .generation import complete
 from .prompts import alpaca_prompt
@@ -200,12 +200,8 @@ def require_sandbox() -> None:
     Raises:
         ValueError: on every process, if programs cannot be run safely on one.
     """
-    trouble = None
-    try:
+    with failing_together():
         check_sandbox()
-    except ValueError as error:
-        trouble = str(error)
-    raise_on_all(trouble)
 
 
 def score(completions: dict[str, str], problems: dict[str, dict[str, str]], timeout: float = 10.0) -> dict[str, Any]:
