@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .backends import input_embedding_weight
 
@@ -38,20 +40,24 @@ class Launch:
         return processes if self == Launch("DDP", 1) else f"{self.backend} over {processes}"
 
 
-def launch_of(accelerator: Accelerator) -> Launch:
-    """How this run was launched.
+def launch_of(accelerator: Accelerator, model: nn.Module) -> Launch:
+    """How this run was launched. A model that is sharded before accelerate sees it, as by transformers' `DistributedConfig`, is
+    FSDP2's.
 
     Raises:
         ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, where LoRA-GA's estimation
             has not been worked out.
     """
-    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+    kind = accelerator.distributed_type
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    if splits_examples(accelerator) or any(map(splits_model, meshes)):
         raise ValueError(
             "This run splits its model or its sequences over processes (tensor, context or sequence parallelism), but LoRA-GA "
             "takes every process for one with examples of its own. Launch it with data parallelism only: DDP, DeepSpeed ZeRO "
             "or FSDP2."
         )
+    if meshes and kind in WHOLE_PARAMETERS:
+        return Launch("FSDP2", accelerator.num_processes)
     if kind in WHOLE_PARAMETERS:
         return Launch("DDP", accelerator.num_processes)
     if kind == DistributedType.DEEPSPEED:
@@ -63,6 +69,20 @@ def launch_of(accelerator: Accelerator) -> Launch:
         f"This run was launched with {kind.value}{' 1' if kind == DistributedType.FSDP else ''}, which LoRA-GA does not "
         "support. Use one process, DDP, DeepSpeed ZeRO-1/2/3 or FSDP2 (`fsdp_version: 2` in accelerate's configuration)."
     )
+
+
+def splits_examples(accelerator: Accelerator) -> bool:
+    """Whether accelerate's configuration, or DeepSpeed's own, has several processes share one example."""
+    parallelism, plugin = accelerator.parallelism_config, accelerator.state.deepspeed_plugin
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        return True
+    return plugin is not None and plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
+
+
+def splits_model(mesh: DeviceMesh) -> bool:
+    """Whether parameters on `mesh` are cut for tensor or expert parallelism; transformers gives its dimensions these names."""
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
+    return sizes.get("tp", 1) * sizes.get("ep", 1) > 1
 
 
 def launch_has_schedule(accelerator: Accelerator) -> bool:

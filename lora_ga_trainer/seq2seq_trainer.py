@@ -84,4 +84,4 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
             if args.gradient_checkpointing:  # reentrant checkpointing passes a gradient on only if its input has one
                 model.enable_input_require_grads()
         super().__init__(model, args, *positional, **kwargs)
-        check_shared_embeddings(launch_of(self.accelerator), model)
+        check_shared_embeddings(launch_of(self.accelerator, model), model)

@@ -144,7 +144,7 @@ class LoRAGAMixin(SavesAdapters):
         """
         if self.args.should_save:
             check_writable(Path(self.args.output_dir))  # type: ignore[arg-type]  # TrainingArguments has filled it in
-        launch = launch_of(self.accelerator)
+        launch = launch_of(self.accelerator, self.model)
         # a string has been parsed
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))

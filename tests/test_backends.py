@@ -1,6 +1,7 @@
 """Invariants 1, 3, 4, 5 and 6 on two real processes: every backend gives the same factors, losses and files as one process."""
 
 import hashlib
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from backend_worker import INPUTS, STEPS, Run, execute, factor_error
 from communication import Model, exact_bytes, sketch_bytes
 from launching import (
@@ -26,10 +28,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import peft_pair, tiny_batches, tiny_model, tiny_t5
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import FROZEN_FILE
-from lora_ga_trainer.launches import Launch, check_fsdp2
+from lora_ga_trainer.launches import Launch, check_fsdp2, launch_of, splits_model
 
 BACKENDS = {
     "ddp": (Launch("DDP", 2), "DistributedDataParallel"),
@@ -347,6 +350,59 @@ def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):
     assert "which accelerate cannot shard with FSDP2. Launch with DDP or DeepSpeed ZeRO" in found["seq2seq"]["error"]
 
 
+def test_a_model_that_transformers_has_sharded(base_model, references, tmp_path):
+    """With `DistributedConfig`, before accelerate sees it: the base is FSDP2's, the adapter whole on every process."""
+    if "fsdp_size" not in inspect.signature(DistributedConfig).parameters:
+        pytest.skip("this version of transformers does not shard with FSDP2")
+    options = {"save_strategy": "no", "ga_restart_steps": 2, "ga_restart_warmup_steps": 1}
+    options["model_init_kwargs"] = {"dtype": "float32", "distributed_config": {"fsdp_size": 2}}
+    sharded = launch("ddp", [Run("sharded", base_model, options, {"r": 2})], tmp_path)["sharded"]
+    reference = references["restarts"]
+    assert sharded["launch"] == Launch("FSDP2", 2)
+    assert sharded["initializations"] == 3
+    assert 0 < sharded["most_whole"]["estimation"] <= sharded["most_whole"]["training"]
+    assert sharded["losses"] == pytest.approx(reference["losses"], abs=LOSS_TOLERANCE)
+    base = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    with torch.no_grad():
+        assert torch.equal(sharded["init_logits"], base(INPUTS).logits)
+        logits = PeftModel.from_pretrained(base, f"{sharded['output_dir']}/final").eval()(INPUTS).logits
+    assert (logits - sharded["final_logits"]).abs().max() < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "refused"),
+    [
+        (None, False),
+        ({"fsdp": 2}, False),
+        ({"pp": 1, "dp_replicate": 2, "fsdp": 2, "tp": 1}, False),
+        ({"tp": 2}, True),
+        ({"dp_replicate": 1, "efsdp": 1, "ep": 2}, True),
+    ],
+)
+def test_a_model_that_transformers_has_cut_is_told_from_a_sharded_one(dimensions, refused):
+    mesh = SimpleNamespace(
+        mesh_dim_names=dimensions and tuple(dimensions), shape=tuple(dimensions.values()) if dimensions else (2,)
+    )
+    assert splits_model(mesh) == refused
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_deepspeeds_own_tensor_parallelism_is_refused(size):
+    """Its configuration has it where accelerate does not look."""
+    plugin = SimpleNamespace(zero_stage=1, deepspeed_config={"tensor_parallel": {"autotp_size": size}})
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        parallelism_config=None,
+        num_processes=2,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    if size < 2:
+        assert launch_of(accelerator, tiny_model()) == Launch("ZeRO-1", 2)
+        return
+    with pytest.raises(ValueError, match="splits its model or its sequences over processes"):
+        launch_of(accelerator, tiny_model())
+
+
 def test_fsdps_own_checkpointing_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
@@ -410,6 +466,29 @@ def test_an_error_on_one_process_is_raised_on_all(own_loops):
     for found in own_loops:
         assert found["nan"].startswith("The loss of batch 0 for LoRA-GA on process 1 is nan")
         assert found["nothing"].startswith("LoRA-GA got no batch")
+
+
+def test_running_out_of_memory_on_one_process_is_so_on_all(own_loops):
+    """At the end of a pass and while factoring; `auto_find_batch_size` then tries again on all of them."""
+    for found in own_loops:
+        assert found["out of memory"] == 3 * ["CUDA out of memory. (simulated)"]
+
+
+def test_only_the_writer_holds_the_adapter(own_loops):
+    first, second = own_loops
+    assert first["kept"] == 2 * 2 * 14, "both halves of A and B"
+    assert second["kept"] == 0
+
+
+def test_sums_are_those_of_all_in_buckets(own_loops):
+    first, second = (found["summed"] for found in own_loops)
+    # float32, so buckets of 25 numbers: 12 + 5, 63, 1 + 1, 40, 4
+    assert first["calls"] == second["calls"] == [17, 63, 2, 40, 4]
+    assert first["bytes"] == second["bytes"] == 4 * 126
+    for before, other, after, same in zip(
+        first["before"], second["before"], first["after"], second["after"], strict=True
+    ):
+        assert torch.equal(after, before + other) and torch.equal(after, same), "to the bit"
 
 
 def test_the_exact_gradient_of_a_sharded_model_warns_once(own_loops):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..backends import compute_device, full_shape, full_tensor, gather_objects, write_parameter
+from ..backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from ..delta import delta_layers, offset_halves
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
@@ -76,12 +76,18 @@ def config_as_in_file(peft_model: PeftModel) -> Iterator[LoraConfig]:
 
 def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
     """Whether PEFT saves the embeddings with the adapter. It may ask the hub, so: once, and on the first process's word."""
-    tensors = peft_model.state_dict(keep_vars=True)
+    tensors = stand_ins(peft_model.state_dict(keep_vars=True))
     sizes = [
         len(get_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, save_embedding_layers=decision))
         for decision in ("auto", False)
     ]
     return gather_objects(sizes[0] > sizes[1])[0]
+
+
+def stand_ins(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For each of `tensors` its number. PEFT is asked which belong to an adapter, not for their values: of a model that
+    transformers has sharded it would gather all weights, and give copies."""
+    return {name: torch.tensor(number, device="cpu") for number, name in enumerate(tensors)}
 
 
 def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
@@ -92,12 +98,15 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
     Raises:
         ValueError: there is no matrix of the adapter.
     """
-    found = get_peft_model_state_dict(
+    tensors = peft_model.state_dict(keep_vars=True)
+    chosen = get_peft_model_state_dict(
         peft_model,
-        peft_model.state_dict(keep_vars=True),
+        stand_ins(tensors),
         adapter_name=adapter_name,
         save_embedding_layers=peft_model.lora_ga.has_embeddings,
     )
+    all_tensors = list(tensors.values())
+    found = {name: all_tensors[int(stand_in)] for name, stand_in in chosen.items()}
     if delta_layers(peft_model, adapter_name) and not any(".lora_A." in name for name in found):
         raise ValueError(
             f"PEFT finds no matrix of the adapter {adapter_name!r} under the names of the model's layers: something has "
@@ -107,17 +116,19 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
     return found
 
 
-def adapter_state_dict(peft_model: PeftModel) -> dict[str, Tensor]:
+def adapter_state_dict(peft_model: PeftModel, keep: bool = True) -> dict[str, Tensor]:
     """The entries of `peft_model.state_dict()` that belong to adapters, whole, on the CPU; the base model stays sharded.
 
-    Every process has to call it.
+    Every process has to call it. One that is not to `keep` them only takes part in gathering, and gets nothing.
     """
     wanted = {id(value) for name in peft_model.peft_config for value in adapter_parameters(peft_model, name).values()}
-    return {
-        name: full_tensor(value).cpu()
-        for name, value in peft_model.state_dict(keep_vars=True).items()
-        if id(value) in wanted
-    }
+    whole = {}
+    for name, value in peft_model.state_dict(keep_vars=True).items():
+        if id(value) in wanted and (keep or is_sharded(value)):
+            gathered = full_tensor(value)
+            if keep:
+                whole[name] = gathered.cpu()
+    return whole
 
 
 def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
@@ -164,32 +175,32 @@ def save_pretrained(
         save_directory,
         safe_serialization,
         selected_adapters,
-        is_main_process=is_main_process,
         **kwargs,
     )
     state = peft_model.lora_ga
     if state.adapter_name not in (selected_adapters or peft_model.peft_config):  # left out, or deleted since
-        stock_save(state_dict=state_dict)
+        stock_save(state_dict=state_dict, is_main_process=is_main_process)
         return
     if state.report is None:
         raise ValueError(
             f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so saving it would write zeros. "
             "Call `trainer.train()` or `initialize_lora_ga(...)` first."
         )
-    native = adapter_state_dict(peft_model) if state_dict is None else state_dict
+    native = adapter_state_dict(peft_model, keep=is_main_process) if state_dict is None else state_dict
+    if not is_main_process:
+        return
     native = native | histories(peft_model)
     layout = layout_of(peft_model)
     with config_as_in_file(peft_model):
         # what was decided when the adapter was attached: PEFT would ask the hub again at every save
         stock_save(state_dict=layout.join(native), **{"save_embedding_layers": state.has_embeddings} | kwargs)
-    if is_main_process:
-        directory = adapter_directory(save_directory, state.adapter_name)
-        kept = layout.keep(without_adapter_name(native, state.adapter_name))
-        # as PEFT does in its own file: of a layer that is in several places of the model only the first name
-        names = layout.keep(adapter_parameters(peft_model, state.adapter_name))
-        kept = {name: kept[name].contiguous() for name in names}
-        save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
-        write_state(directory, state)
+    directory = adapter_directory(save_directory, state.adapter_name)
+    kept = layout.keep(without_adapter_name(native, state.adapter_name))
+    # as PEFT does in its own file: of a layer that is in several places of the model only the first name
+    names = layout.keep(adapter_parameters(peft_model, state.adapter_name))
+    kept = {name: kept[name].contiguous() for name in names}
+    save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
+    write_state(directory, state)
 
 
 def merge_and_unload(peft_model: PeftModel, *args: Any, **kwargs: Any) -> nn.Module:

@@ -78,9 +78,10 @@ class SavesAdapters(Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
 
-        Every process has to call it.
+        Every process has to call it; only those that write hold the whole adapter.
         """
-        self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model))
+        state_dict = adapter_state_dict(self.model, keep=self.args.should_save)
+        self._save(output_dir or self.args.output_dir, state_dict=state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
