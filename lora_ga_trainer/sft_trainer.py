@@ -3,9 +3,9 @@
 from typing import Any
 
 from trl import SFTTrainer
-from trl.models import enable_selective_activation_checkpointing
 
 from .arguments import LoRAGASFTConfig
+from .compatibility import enable_selective_checkpointing
 from .training_data import check_examples
 from .trl_trainer import LoRAGATRLMixin
 
@@ -33,9 +33,8 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
-        if how.get("selective"):
-            # TRL 1.16 sets it up on the PEFT model, but transformers 5.23 asks the model inside, which knows nothing of it
-            enable_selective_activation_checkpointing(self.model.get_base_model())
+        if self.args.gradient_checkpointing and how.get("selective"):
+            enable_selective_checkpointing(self.model)
 
     def get_ready(self) -> None:
         if self.model.config.is_encoder_decoder:

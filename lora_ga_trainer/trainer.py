@@ -28,6 +28,7 @@ from .backends import rank, world_size
 from .checkpoint.completeness import check_writable
 from .checkpoint.model_card import TAG
 from .checkpoint.saving import SavesAdapters
+from .compatibility import check_checkpointing_kwargs
 from .delta import offset_halves
 from .estimation import items_in
 from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
@@ -149,6 +150,7 @@ class LoRAGAMixin(SavesAdapters):
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         check_fsdp2(self.accelerator, self.args.torch_compile)
+        check_checkpointing_kwargs(how)
         if how.get("offload"):
             check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
         try:

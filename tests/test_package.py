@@ -61,7 +61,7 @@ def test_the_metadata(built):
     with zipfile.ZipFile(built / f"{BASE}-py3-none-any.whl") as wheel:
         metadata = message_from_string(wheel.read(f"{BASE}.dist-info/METADATA").decode())
     assert metadata["Name"] == "lora_ga_trainer" and metadata["Version"] == lora_ga_trainer.__version__
-    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (REPOSITORY / "README.md").read_text(encoding="utf-8").strip()
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]

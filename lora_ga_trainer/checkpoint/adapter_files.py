@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
+from ..compatibility import without_other_adapters
 from ..delta import delta_layers, offset_halves
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
@@ -101,7 +102,7 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
     tensors = peft_model.state_dict(keep_vars=True)
     chosen = get_peft_model_state_dict(
         peft_model,
-        stand_ins(tensors),
+        without_other_adapters(stand_ins(tensors), peft_model, adapter_name),
         adapter_name=adapter_name,
         save_embedding_layers=peft_model.lora_ga.has_embeddings,
     )
@@ -174,12 +175,12 @@ def save_pretrained(
         peft_model,
         save_directory,
         safe_serialization,
-        selected_adapters,
         **kwargs,
     )
     state = peft_model.lora_ga
-    if state.adapter_name not in (selected_adapters or peft_model.peft_config):  # left out, or deleted since
-        stock_save(state_dict=state_dict, is_main_process=is_main_process)
+    selected_adapters = selected_adapters or list(peft_model.peft_config)
+    if state.adapter_name not in selected_adapters:  # left out, or deleted since
+        stock_save(selected_adapters=selected_adapters, state_dict=state_dict, is_main_process=is_main_process)
         return
     if state.report is None:
         raise ValueError(
@@ -191,9 +192,13 @@ def save_pretrained(
         return
     native = native | histories(peft_model)
     layout = layout_of(peft_model)
+    joined = layout.join(native)
+    # what was decided when the adapter was attached: PEFT would ask the hub again at every save
+    options = {"save_embedding_layers": state.has_embeddings} | kwargs
     with config_as_in_file(peft_model):
-        # what was decided when the adapter was attached: PEFT would ask the hub again at every save
-        stock_save(state_dict=layout.join(native), **{"save_embedding_layers": state.has_embeddings} | kwargs)
+        for name in selected_adapters:
+            tensors = without_other_adapters(joined, peft_model, name)
+            stock_save(selected_adapters=[name], state_dict=tensors, **options)
     directory = adapter_directory(save_directory, state.adapter_name)
     kept = layout.keep(without_adapter_name(native, state.adapter_name))
     # as PEFT does in its own file: of a layer that is in several places of the model only the first name

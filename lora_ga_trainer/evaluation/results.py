@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import gather_objects, rank
+from ..compatibility import sha256
 from .arguments import EvaluationArguments
 
 
@@ -39,8 +40,7 @@ def weights_digest(directory: Path) -> str:
         raise ValueError(f"{directory} has no .safetensors file, so it holds no weights. Check the path.")
     for path in files:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(sha256(path))
     return digest.hexdigest()
 
 

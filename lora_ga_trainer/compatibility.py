@@ -1,0 +1,71 @@
+"""What differs between the versions that setup.cfg admits. No other module asks for a version.
+
+An entry can go when setup.cfg's lower bound has reached its version; `tests/test_compatibility.py` fails from then on.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import compare_versions
+from peft import PeftModel
+from torch import Tensor
+
+CHECKPOINTING_SINCE = {
+    "every_n_layers": ("transformers", "5.16"),
+    "offload": ("transformers", "5.17"),
+    "selective": ("trl", "1.15"),
+}
+"""Keys of `gradient_checkpointing_kwargs` that older versions pass on to torch, which fails on them in the first forward."""
+
+
+def check_checkpointing_kwargs(options: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: one of the `options` needs a newer version than the installed one.
+    """
+    for name, (package, version) in CHECKPOINTING_SINCE.items():
+        if options.get(name):
+            check_version(package, version, f"`gradient_checkpointing_kwargs={{{name!r}: {options[name]!r}}}`")
+
+
+def check_version(package: str, version: str, feature: str) -> None:
+    """
+    Raises:
+        ValueError: the installed `package` is older than `version`, which `feature` needs.
+    """
+    if compare_versions(package, "<", version):
+        raise ValueError(
+            f"{feature} needs {package} {version}, but an older version is installed. Leave it out, or upgrade: "
+            f"`pip install '{package}>={version}'`."
+        )
+
+
+def enable_selective_checkpointing(model: PeftModel) -> None:
+    """Set up what `gradient_checkpointing_kwargs={"selective": True}` asks for, once `check_checkpointing_kwargs` let it pass.
+
+    TRL 1.15 and 1.16 set it up on the PEFT model, but transformers asks the model inside, which knows nothing of it.
+    """
+    from trl.models import enable_selective_activation_checkpointing  # TRL before 1.15 has none
+
+    enable_selective_activation_checkpointing(model.get_base_model())
+
+
+def without_other_adapters(tensors: dict[str, Tensor], peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """The `tensors` of a state dict, but for the matrices of adapters other than `adapter_name`.
+
+    PEFT before 0.20 saves every matrix whose name contains the adapter's: those of "default_2" with those of "default".
+    """
+    others = peft_model.peft_config.keys() - {adapter_name}
+    of_others = re.compile(rf"\.lora_\w+\.({'|'.join(map(re.escape, others))})(\.|$)")
+    return {name: tensor for name, tensor in tensors.items() if not of_others.search(name)}
+
+
+def sha256(path: Path) -> bytes:
+    """Digest of a file of any size. Goes with Python 3.10: 3.11 has `hashlib.file_digest`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
