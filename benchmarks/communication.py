@@ -9,9 +9,9 @@ Per layer of shape O×I, in float32 (4 bytes), with K = 2r + 32 and 8 test colum
     sketch, later passes   4·K·(O + I)          (layers so small that 2·K·(O + I) ≥ O·I are estimated exactly)
     factors, broadcast     4·(r·(O + I) + 1)
 
-A process puts S bytes (the sum over layers) into one flat all-reduce per pass. In a ring of N, every process sends and every
-link carries 2·(N − 1)/N·S: nearly 2·S however many there are. `tests/test_backends.py` finds S in the report of real runs, byte
-for byte.
+A process puts S bytes (the sum over layers) into the all-reduces of a pass, which go in buckets. In a ring of N, every process
+sends and every link carries 2·(N − 1)/N·S: nearly 2·S however many there are. `tests/test_backends.py` finds S in the report of
+real runs, byte for byte.
 """
 
 from dataclasses import dataclass

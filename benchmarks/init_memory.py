@@ -1,0 +1,137 @@
+"""The initialization's peak against that of a training step, with gradient checkpointing and without, and what the estimation
+holds in models of every size.
+
+    python benchmarks/init_memory.py
+
+Measured: a Llama with random weights in bfloat16, 8 layers of width 1024, sequences of 256 tokens, r = 8. A training step is
+the forward, backward and AdamW step of a LoRA-GA adapter when the optimizer has its state, which counts. The initialization
+takes half of its batch at once, as the trainer does, or one sample. Both peaks are above the resting model with its adapter;
+every measurement is a process of its own.
+
+On paper, in bytes, per target of shape O×I, with K = 2r + 32 and 8 test columns:
+
+    pass 1           4·(K·(O + I) + 8·O)
+    later passes     6·K·(O + I) + 16·O             sums in float32, bases in bfloat16
+    AdamW and the gradients, which stand in training only: 12·r·(O + I), for an adapter in float32
+
+Targets so small that 2·K·(O + I) ≥ O·I hold their gradient instead, 4·O·I. `tests/test_accumulator.py` finds the same in
+memory.
+"""
+
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from functools import partial
+
+import torch
+from communication import MODELS, TEST_COLUMNS, Model, gigabytes
+from hardware import device_name
+from results import Results, markdown_table
+from scaling_point import Point, random_batches, random_llama, with_lora
+from variant_process import add_variant_arguments, report, run_variant
+
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.memory import peak_memory
+
+BATCH_SIZES = (1, 2, 4)
+RANKS = (8, 32, 128)
+WHAT = ("initialization", "training step")
+
+
+def held_bytes(model: Model, rank: int) -> list[int]:
+    """What the estimation holds in the first pass and in later ones."""
+    width, passes = 2 * rank + 32, [0, 0]
+    for O, I in model.shapes():
+        if 2 * width * (O + I) >= O * I:
+            held = [4 * O * I, 4 * O * I]
+        else:
+            held = [
+                4 * (width * (O + I) + TEST_COLUMNS * O),
+                6 * width * (O + I) + 2 * TEST_COLUMNS * O,
+            ]
+        passes = [total + model.layers * of_target for total, of_target in zip(passes, held, strict=True)]
+    return passes
+
+
+def training_bytes(model: Model, rank: int) -> int:
+    """The gradients of the adapter and AdamW's two moments."""
+    return 12 * rank * model.layers * sum(O + I for O, I in model.shapes())
+
+
+def measure_variant(args: Namespace) -> dict[str, int]:
+    what, size, checkpointing = args.variant.split("/")
+    batch_size = int(size)
+    estimated = max(1, batch_size // 2)
+    point = Point(
+        samples=batch_size, width=1024, layers=8, rank=8, batch_size=batch_size, length=256, device=args.device
+    )
+    device = torch.device(args.device)
+    model = with_lora(random_llama(point, device).to(torch.bfloat16), point)
+    if checkpointing == "on":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    (batch,) = random_batches(point, device)
+    halved = {name: value[:estimated] for name, value in batch.items()}
+    # Once before: kernels and thread buffers that any first use loads are no cost of either.
+    short = {name: value[:1, :16] for name, value in batch.items()}
+    initialize_lora_ga(model, [short], LoRAGAArguments(), disable_tqdm=True)
+    if what == "initialization":
+        model = with_lora(model.unload(), point)
+        if checkpointing == "on":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with peak_memory(device) as peak:
+            initialize_lora_ga(model, [halved], LoRAGAArguments(), disable_tqdm=True)
+        return {"peak": peak.extra_bytes}
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    moments = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
+    for inputs in (short, batch):
+        with peak_memory(device) as peak:
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # the second step finds the moments, which the model at rest does not have
+    return {"peak": peak.extra_bytes + moments}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_variant_arguments(parser)
+    args = parser.parse_args()
+    if args.variant:
+        return report(args.work, measure_variant(args))
+
+    results, rows = Results("init_memory"), []
+    with tempfile.TemporaryDirectory() as work:
+        for checkpointing in ("on", "off"):
+            for size in BATCH_SIZES:
+                peaks = []
+                for what in WHAT:
+                    variant = f"{what}/{size}/{checkpointing}"
+                    settings = {"variant": variant, "hardware": device_name()}
+                    run = results.measure(settings, partial(run_variant, variant, sys.argv[1:], work))
+                    peaks.append(run["peak"] / 2**20)
+                rows.append(
+                    [checkpointing, str(size), *(f"{peak:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"]
+                )
+    print(f"\n`python benchmarks/init_memory.py {' '.join(sys.argv[1:])}` ({run['on']})\n")
+    print(
+        markdown_table(["checkpointing", "training batch", "initialization, MiB", "training step, MiB", "ratio"], rows)
+    )
+
+    print("\nHeld by the estimation on every process, and by AdamW and the gradients in training; GB = 10⁹ bytes:\n")
+    cells = [
+        [
+            model.name,
+            str(rank),
+            *map(gigabytes, held_bytes(model, rank)),
+            gigabytes(training_bytes(model, rank)),
+        ]
+        for model in MODELS
+        for rank in RANKS
+    ]
+    print(markdown_table(["model", "r", "pass 1, GB", "later passes, GB", "AdamW and gradients, GB"], cells))
+
+
+if __name__ == "__main__":
+    main()
