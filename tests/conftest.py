@@ -1,9 +1,12 @@
 """Fixtures over `tiny`."""
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything reads it: asking for a hub that is not there takes 23 s
 
+import forked_python
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +14,16 @@ from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lora_ga_trainer import LoRAGASFTConfig
+
+
+def pytest_configure(config):
+    if "FORKED_PYTHON" not in os.environ:  # workers of pytest-xdist inherit it
+        os.environ["FORKED_PYTHON"] = config.forked_python = str(forked_python.install())
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "forked_python"):
+        shutil.rmtree(Path(config.forked_python).parent)
 
 
 @pytest.fixture(scope="session")

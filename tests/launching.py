@@ -11,16 +11,21 @@ from pathlib import Path
 
 import torch
 from backend_worker import Run
+from forked_python import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("backend_worker.py")
 SECONDS = 600
-"""A launch that hangs is a failure; the longest, the first that compiles DeepSpeed's CPU communication, takes two minutes."""
+"""A launch that hangs is a failure."""
+
+
+PYTHON = os.environ.get("FORKED_PYTHON", sys.executable)
+"""Under pytest one whose imports are done, see `forked_python`."""
 
 
 def environment() -> dict[str, str]:
-    # one thread each: two processes share two cores, and the order of sums does not depend on the machine
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Of a program, and of the processes that it launches with torchrun."""
+    return os.environ | ENVIRONMENT | {"PYTHON_EXEC": PYTHON}
 
 
 def free_port() -> int:
@@ -31,7 +36,7 @@ def free_port() -> int:
 
 def accelerate_command(config: str, *options: str) -> list[str]:
     """What launches the rest of a command line as the processes of `accelerate_configs/cpu/<config>.yaml`."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher = [PYTHON, "-m", "accelerate.commands.launch"]
     return [*launcher, "--config_file", f"accelerate_configs/cpu/{config}.yaml", *options]
 
 
@@ -50,7 +55,7 @@ def ended_well(run: subprocess.CompletedProcess) -> bool:
 
 def torchrun_command() -> list[str]:
     """What launches the rest of a command line as 2 processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher = [PYTHON, "-m", "torch.distributed.run"]
     return [*launcher, "--nproc_per_node", "2", "--master_port", str(free_port())]
 
 
@@ -117,7 +122,7 @@ def launch_and_die(runs: list[Run], out: Path, config: str | None = None) -> int
     In one process of its own if `config` is None.
     """
     write_runs(runs, out)
-    arguments = [sys.executable, str(WORKER), str(out)]
+    arguments = [PYTHON, str(WORKER), str(out)]
     if config:
         arguments = command(config, out, "--main_process_port", str(free_port()))
     return subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, timeout=SECONDS).returncode

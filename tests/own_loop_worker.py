@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
+from forked_python import import_deepspeed
 from tiny import peft_pair, tiny_batches
 from torch.distributed.fsdp import fully_shard
 
@@ -22,6 +22,7 @@ from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
 from lora_ga_trainer.estimation import language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga
 
+deepspeed = import_deepspeed()
 CONFIG = LoRAGAArguments(ga_estimator="exact")
 ZERO3 = Path(__file__).resolve().parents[1] / "accelerate_configs/cpu/zero3.json"
 

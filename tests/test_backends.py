@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from accelerate.utils import DistributedType
 from backend_worker import INPUTS, STEPS, Run, execute, factor_error
 from communication import Model, exact_bytes, sketch_bytes
 from launching import (
+    PYTHON,
     REPOSITORY,
     accelerate_command,
     ended_well,
@@ -440,7 +440,7 @@ def test_a_loop_of_ones_own(own_loops, name):
 @pytest.fixture(scope="module")
 def example_alone(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The A0 of `examples/custom_loop.py` in one process."""
-    return example([sys.executable], tmp_path_factory.mktemp("example"))
+    return example([PYTHON], tmp_path_factory.mktemp("example"))
 
 
 def example(launcher: list[str], out: Path) -> dict[str, torch.Tensor]:

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from launching import PYTHON, environment
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -77,15 +77,19 @@ def test_the_merged_model(trained, tmp_path):
 
 def test_from_the_command_line(trained, tmp_path):
     base, checkpoint = trained
-    command = [sys.executable, "-m", "lora_ga_trainer.checkpoint", "--checkpoint_dir", str(checkpoint)]
-    done = subprocess.run([*command, "--out", str(tmp_path / "merged"), "--merge"], capture_output=True, text=True)
+    command = [PYTHON, "-m", "lora_ga_trainer.checkpoint", "--checkpoint_dir", str(checkpoint)]
+
+    def run(*options: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *options], env=environment(), capture_output=True, text=True)
+
+    done = run("--out", str(tmp_path / "merged"), "--merge")
     assert done.returncode == 0 and "holds the merged model" in done.stdout
     assert (
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - logits(with_peft(base, checkpoint))
     ).abs().max() < 1e-5
-    again = subprocess.run([*command, "--out", str(tmp_path / "merged")], capture_output=True, text=True)
+    again = run("--out", str(tmp_path / "merged"))
     assert again.returncode == 1 and "exists already. Choose another folder" in again.stderr
-    unknown = subprocess.run([*command, "--out", str(tmp_path / "x"), "--bogus", "1"], capture_output=True, text=True)
+    unknown = run("--out", str(tmp_path / "x"), "--bogus", "1")
     assert unknown.returncode == 1 and "There is no option '--bogus'" in unknown.stderr
     assert "Traceback" not in again.stderr + unknown.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ended_well
+from launching import PYTHON, ended_well, environment
 from peft import get_peft_model
 from tiny import letter_tokenizer, lora_config, tiny_batches, tiny_model
 from transformers import AutoModelForCausalLM
@@ -234,10 +234,10 @@ def test_an_adapter_for_more_tokens_than_the_base_has(resized, tmp_path):
 
 
 def command_line(*arguments, cwd):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m"]
+    launcher = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m"]
     return subprocess.run(
         [*launcher, "lora_ga_trainer.evaluation", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=300,
+        capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300,
     )  # fmt: skip
 
 

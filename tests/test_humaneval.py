@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import ended_well, environment, free_port
+from launching import ended_well, environment, torchrun_command
 from tiny import letter_tokenizer, tiny_model
 from trl import TrlParser
 
@@ -252,11 +252,8 @@ def test_two_processes_share_the_work(two_problems, tmp_path):
     worker, folder = tmp_path / "worker.py", tmp_path / "two"
     worker.write_text(WORKER)
     folder.mkdir()
-    launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())
-    ]  # fmt: skip
     run = subprocess.run(
-        [*launcher, str(worker), str(two_problems), str(folder)],
+        [*torchrun_command(), str(worker), str(two_problems), str(folder)],
         capture_output=True, text=True, timeout=300, cwd=ROOT,
         env=environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
     )  # fmt: skip

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import environment, torchrun
+from launching import PYTHON, environment, torchrun
 from tiny import tiny_model, word_tokenizer
 
 from lora_ga_trainer.backends import gather_objects
@@ -404,7 +404,7 @@ def test_goes_on_after_a_kill(server, tmp_path):
     never = threading.Event()
     server.replies, server.otherwise = ["[[4]]"] * 4, never
     (tmp_path / "judging.json").write_text(json.dumps({"url": server.url, "count": len(requests)}))
-    process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment(), stderr=subprocess.PIPE)
+    process = subprocess.Popen([PYTHON, __file__, str(tmp_path)], env=environment(), stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120  # importing torch on a busy machine
         while len(server.asked) < 6:

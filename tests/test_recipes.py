@@ -15,7 +15,7 @@ from codeio import codeio
 from data import load_rows, prepare
 from finetune import finetune, parse, run
 from gsm_symbolic import gsm_symbolic
-from launching import ended_well
+from launching import PYTHON, ended_well, environment
 from metamath import MathDataArguments
 from peft import PeftModel
 from recipe_cases import CAUSAL, RECIPES, options, rows_for, save_model, write
@@ -160,12 +160,12 @@ for recipe in CAUSAL:
     for _ in range(2):
         prepared(recipe, args, word_tokenizer())
 """
-    environment = os.environ | {
+    another = os.environ | {
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "PYTHONHASHSEED": "7",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "recipes")]),
     }
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=another, check=True, timeout=300)
     assert sorted((tmp_path / "cache").rglob("*.arrow")) == made
 
 
@@ -304,10 +304,10 @@ def test_committed_configs_parse(config, tmp_path):
 
 
 def launch(folder, *arguments, launcher=()):
-    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    program = [PYTHON, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
+    with_cache = environment() | {"HF_DATASETS_CACHE": str(folder / "cache")}
     return subprocess.run(
-        [*program, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT
+        [*program, *map(str, arguments)], capture_output=True, text=True, env=with_cache, timeout=300, cwd=ROOT
     )
 
 
