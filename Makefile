@@ -17,7 +17,7 @@ PYTEST := $(shell grep -E '^pytest==' constraints.txt)
 TWO_PROCESSES := $(shell grep -lE '^(from|import) launching' tests/test_*.py)
 CORE := $(patsubst %,tests/test_%.py,factors accumulator probe delta initialization trainer checkpoint resume compatibility)
 QUICK := $(patsubst %,tests/test_%.py,accumulator arguments checkpoint delta delta_product devices factors initialization \
-	memory model_card probe properties quantized release restarts targets trainer)
+	memory model_card probe properties release restarts targets trainer)
 
 .PHONY: demo test test-quick test-one-process test-two-processes test-lower-bounds test-latest gpu lint docs package
 

@@ -43,7 +43,7 @@ def factors(grad_OI, rank, direction, c):
 def alignment(grad_OI, a_RI, b_OR):
     """cos(G, B0 B0ᵀ G + G A0ᵀ A0), entry by entry."""
     grad, a, b = grad_OI.double(), a_RI.double(), b_OR.double()
-    step = b @ b.T @ grad + grad @ a.T @ a
+    step = b @ (b.T @ grad) + (grad @ a.T) @ a  # in this order: B0 B0ᵀ alone is O×O
     return ((grad * step).sum() / (grad.norm() * step.norm())).item()
 
 
