@@ -8,10 +8,10 @@ the forward, backward and AdamW step of a LoRA-GA adapter when the optimizer has
 takes half of its batch at once, as the trainer does, or one sample. Both peaks are above the resting model with its adapter;
 every measurement is a process of its own.
 
-On paper, in bytes, per target of shape O×I, with K = 2r + 32 and 8 test columns:
+On paper, for a model in 16 bits, in bytes, per target of shape O×I, with K = 2r + 32 and 8 test columns:
 
     pass 1           4·(K·(O + I) + 8·O)
-    later passes     6·K·(O + I) + 16·O             sums in float32, bases in bfloat16
+    later passes     6·K·(O + I) + 16·O      sums in float32, bases in bfloat16; of a model in float32 8·K·(O + I) + 32·O
     AdamW and the gradients, which stand in training only: 12·r·(O + I), for an adapter in float32
 
 Targets so small that 2·K·(O + I) ≥ O·I hold their gradient instead, 4·O·I. `tests/test_accumulator.py` finds the same in

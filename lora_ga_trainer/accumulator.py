@@ -20,25 +20,21 @@ HELD_OUT_COLUMNS = 8
 The relative standard error of the missed energy is at most √(2/8) = 50 %, and that energy is a small part of ‖G‖².
 """
 
-BASIS_DTYPE = torch.bfloat16
-"""What a sketch multiplies with. The sums are exact for the rounded matrices, whose span each side misses by 2⁻⁹ at most, so
-that both together miss 2⁻¹⁸ of a singular value."""
-
 _in_use: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 
-def gaussian_matrix(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """A Gaussian matrix (rows×columns, `BASIS_DTYPE`), drawn on the CPU, so that it is the same on every device.
+def gaussian_matrix(rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A Gaussian matrix (rows×columns), drawn on the CPU, so that it is the same on every device.
 
     Whoever asks for the same one gets the same tensor, as long as somebody holds it: all layers with as many features share it.
     Each layer's matrix is as random as before; only a test that compares layers would notice.
     """
-    key = (rows, columns, seed, device)
+    key = (rows, columns, seed, device, dtype)
     matrix = _in_use.get(key)
     if matrix is None:
         generator = torch.Generator("cpu").manual_seed(seed)
         drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
-        matrix = _in_use[key] = drawn.to(device, BASIS_DTYPE)
+        matrix = _in_use[key] = drawn.to(device, dtype)
     return matrix
 
 
@@ -110,7 +106,7 @@ class ExactGradient:
 
 
 class GradientSketch:
-    """A sketch of G that never forms G: K·(O+I) sums in float32, and from the second pass on as many numbers in bfloat16.
+    """A sketch of G that never forms G: K·(O+I) sums in float32, and from the second pass on as many numbers in `basis_dtype`.
 
     Every pass multiplies G from both sides at once and sums
 
@@ -133,15 +129,32 @@ class GradientSketch:
         width: K, at most half of min(O, I).
         passes: how often the examples stream by, at least 1.
         seed: of the Gaussian matrices, which all sketches with the same seed, width and features share.
+        basis_dtype: of P and Q. In bfloat16 the sums are exact for the rounded matrices, whose span each side misses by 2⁻⁹ at
+            most, both together by 2⁻¹⁸ of a singular value. But a rounding that falls the other way in another run, where sums
+            were added in another order, moves the factors by up to 2e-4 on the models of the tests: below what a gradient in
+            16 bits moves by, above one in float32.
     """
 
-    def __init__(self, out_features: int, in_features: int, width: int, passes: int, seed: int, device: torch.device):
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        width: int,
+        passes: int,
+        seed: int,
+        device: torch.device,
+        basis_dtype: torch.dtype = torch.float32,
+    ):
         self.width, self.passes, self.passes_done = width, passes, 0
-        self.seed, self.device = seed, device
-        self.left_OK = gaussian_matrix(out_features, width, seed, device)
-        # held-out columns behind the first P
-        self.right_IK = gaussian_matrix(in_features, width + HELD_OUT_COLUMNS, seed + 1, device)
+        self.seed, self.device, self.basis_dtype = seed, device, basis_dtype
+        self.left_OK = gaussian_matrix(out_features, width, seed, device, basis_dtype)
+        self.right_IK = self._first_P(in_features)
         self._start_sums()
+
+    def _first_P(self, in_features: int) -> Tensor:
+        """With the held-out columns behind it."""
+        columns = self.width + HELD_OUT_COLUMNS
+        return gaussian_matrix(in_features, columns, self.seed + 1, self.device, self.basis_dtype)
 
     def _start_sums(self) -> None:
         (O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape
@@ -164,17 +177,17 @@ class GradientSketch:
         if self.passes_done == 1:
             range_OK, held_out_OH = self.range_OK.split([self.width, HELD_OUT_COLUMNS], dim=1)
             # the norm needs three digits of it
-            self.held_out_OH, self.range_OK = held_out_OH.to(BASIS_DTYPE), range_OK.contiguous()
+            self.held_out_OH, self.range_OK = held_out_OH.to(self.basis_dtype, copy=True), range_OK.contiguous()
         if self.passes_done < self.passes:
-            self.left_OK = torch.linalg.qr(self.range_OK).Q.to(BASIS_DTYPE)
-            self.right_IK = torch.linalg.qr(self.corange_KI.T).Q.to(BASIS_DTYPE)
+            self.left_OK = torch.linalg.qr(self.range_OK).Q.to(self.basis_dtype)
+            self.right_IK = torch.linalg.qr(self.corange_KI.T).Q.to(self.basis_dtype)
             self._start_sums()
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
         # again, of the same seed: held since the first pass it would take as much as a basis
-        first_P = gaussian_matrix(len(self.right_IK), self.width + HELD_OUT_COLUMNS, self.seed + 1, self.device)
-        test_IH, found_OH = first_P[:, self.width :].float(), self.held_out_OH.float()
+        test_IH = self._first_P(len(self.right_IK))[:, self.width :].float()
+        found_OH = self.held_out_OH.float()
         find = self._from_one_pass if self.passes == 1 else self._from_both_bases
         u_OK, s_K, v_IK, missed_OH = find(k, test_IH, found_OH)
         # ‖G‖² = what the projection holds + what it misses; E‖Mω‖² = ‖M‖² for a Gaussian ω.

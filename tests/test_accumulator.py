@@ -120,31 +120,33 @@ def bytes_held(*sketches):
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [1, 5])
-def test_sketch_keeps_no_more_than_it_says(layers):
+def test_sketch_keeps_no_more_than_it_says(layers, dtype):
     """K·(O+I) sums in float32; in the first pass 8 test columns of O more, and the Gaussian matrices once for all layers; later
-    the bases and the test columns' results in 16 bits."""
+    the bases and the test columns' results in the bases' dtype."""
     width, held_out, seed = 24, 8, 12345
-    sketches = [GradientSketch(O, I, width, 3, seed, CPU) for _ in range(layers)]
-    gaussian = 2 * (width * (O + I) + held_out * I)
+    sketches = [GradientSketch(O, I, width, 3, seed, CPU, dtype) for _ in range(layers)]
+    gaussian = dtype.itemsize * (width * (O + I) + held_out * I)
     assert bytes_held(*sketches) == layers * 4 * (width * (O + I) + held_out * O) + gaussian
     for _ in range(2):
         for sketch in sketches:
             sketch.add(torch.randn(5, I), torch.randn(5, O))
             sketch.end_pass()
-        assert bytes_held(*sketches) == layers * (6 * width * (O + I) + 2 * held_out * O)
+        assert bytes_held(*sketches) == layers * (
+            (4 + dtype.itemsize) * width * (O + I) + dtype.itemsize * held_out * O
+        )
         assert not any(key[2] in (seed, seed + 1) for key in accumulator._in_use), "the Gaussian matrices are gone"
 
 
 @pytest.mark.parametrize("passes", [2, 3])
-def test_bases_in_16_bits_lose_nothing(passes, monkeypatch):
+def test_bases_in_16_bits_lose_nothing(passes):
     """Both bases together miss 2⁻⁹·2⁻⁹ = 4e-6 of what a basis in float32 holds, and the next pass rounds once more."""
     x, dy = stream()
     grad_OI = dy.T @ x
 
     def alignment(dtype, seed):
-        monkeypatch.setattr(accumulator, "BASIS_DTYPE", dtype)
-        return exact_alignment(grad_OI, factors_of(run(GradientSketch(O, I, 24, passes, seed, CPU), x, dy, 400)))
+        return exact_alignment(grad_OI, factors_of(run(GradientSketch(O, I, 24, passes, seed, CPU, dtype), x, dy, 400)))
 
     for seed in range(0, 10, 2):
         assert alignment(torch.bfloat16, seed) == pytest.approx(alignment(torch.float32, seed), abs=1e-5)

@@ -116,6 +116,18 @@ def test_a_layers_sums_are_on_its_own_device(estimator):
         accumulator.end_pass()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sketchs_bases_are_as_exact_as_the_model(dtype):
+    model, _ = peft_pair(dtype=dtype)
+    config = LoRAGAArguments(ga_sketch_size=10)
+    for name, layer in delta_layers(model, attach_lora_ga(model, config)).items():
+        accumulator = make_accumulator(name, layer, "default", config)
+        if isinstance(accumulator, GradientSketch):
+            expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            assert accumulator.left_OK.dtype == accumulator.right_IK.dtype == expected
+            assert all(total.dtype == torch.float32 for total in accumulator.sums())
+
+
 # --- 16 bits --------------------------------------------------------------------------------------------------------
 
 PRECISIONS = pytest.mark.parametrize(
