@@ -164,8 +164,11 @@ class GradientSketch:
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
         x_TI, dy_TO = operands(x_TI, dy_TO)
-        add_product(self.range_OK, dy_TO.T, product(x_TI, self.right_IK.to(x_TI.dtype)))
-        add_product(self.corange_KI, product(dy_TO, self.left_OK.to(dy_TO.dtype)).T, x_TI)
+        # a basis in 16 bits is widened beside float32 inputs, never rounded: `triplets` counts on the numbers it holds
+        P_IK = self.right_IK.to(torch.promote_types(self.right_IK.dtype, x_TI.dtype))
+        Q_OK = self.left_OK.to(torch.promote_types(self.left_OK.dtype, dy_TO.dtype))
+        add_product(self.range_OK, dy_TO.T, product(x_TI, P_IK))
+        add_product(self.corange_KI, product(dy_TO, Q_OK).T, x_TI)
 
     def sums(self) -> list[Tensor]:
         """The tensors that this pass sums over examples."""

@@ -194,10 +194,11 @@ class LargestFloat32(TorchDispatchMode):
         return result
 
 
-def test_on_cuda_bfloat16_is_multiplied_as_it_is():
+@pytest.mark.parametrize(("basis_dtype", "parts"), [(torch.bfloat16, 1), (torch.float32, 2)], ids=str)
+def test_on_cuda_bfloat16_is_multiplied_as_it_is(basis_dtype, parts):
     """On torch's tensors without numbers, since this runs without a GPU: shapes, dtypes, and no copy of dy or x in float32."""
     tokens, K = 1000, 24
-    sketch, exact = GradientSketch(O, I, K, 2, 0, CPU), ExactGradient(O, I, CPU)
+    sketch, exact = GradientSketch(O, I, K, 2, 0, CPU, basis_dtype), ExactGradient(O, I, CPU)
     with FakeTensorMode():
         x, dy = (torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for n in (I, O))
         for accumulator, names in ((sketch, ("left_OK", "right_IK", "range_OK", "corange_KI")), (exact, ("grad_OI",))):
@@ -207,5 +208,5 @@ def test_on_cuda_bfloat16_is_multiplied_as_it_is():
             with LargestFloat32() as largest:
                 accumulator.add(x, dy)
             assert all(total.dtype == torch.float32 and total.device.type == "cuda" for total in accumulator.sums())
-            # xP, with the held-out columns; the gradient
-            assert largest.numbers == (tokens * (K + 8) if accumulator is sketch else O * I)
+            # xP with the held-out columns, once for each part of a basis; the gradient
+            assert largest.numbers == (tokens * parts * (K + 8) if accumulator is sketch else O * I)
