@@ -240,7 +240,7 @@ LLAMA4 = Llama4TextConfig(**GROUPED, intermediate_size_mlp=40, num_local_experts
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "gate_proj", "up_proj", "w1", "w3"]])
 def test_experts_that_are_no_layers_are_refused(family, target_modules):
     """PEFT turns these into parameters to train. Without the experts "all-linear" would not be what was asked for."""
-    with pytest.raises(ValueError, match=r'target_parameters=.*Mixture-of-Experts.*name the linear layers .*"q_proj"'):
+    with pytest.raises(ValueError, match=r'target_parameters=.*Mixture-of-Experts.*Name the linear layers, .*"q_proj"'):
         attach_lora_ga(pair(family, target_modules)[0], CONFIG)
 
 

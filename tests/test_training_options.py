@@ -494,6 +494,7 @@ def test_offloaded_activations_reach_the_estimate(make_trainer, gradients, monke
     reference = dict(gradients)
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)  # the CPU has no random state beside the CPU's
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     trainer = make_trainer()
     offload = OffloadActivations(use_pin_memory=False, use_streams=False)

@@ -26,6 +26,7 @@ BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """The `init_lora_weights` that leave the base weights as they are."""
 REFUSED = OTHER_METHODS | {
     "layer_replication": "the replicated layers share their base weights, and each has an adapter of its own",
+    "target_parameters": "the adapter of a parameter outside of linear layers has a form of its own",
     "trainable_token_indices": "of the embeddings only some rows were trained",
 }
 
