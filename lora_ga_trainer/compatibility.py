@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import compare_versions
 from peft import PeftModel
 from torch import Tensor
+
+from .launches import Launch
 
 CHECKPOINTING_SINCE = {
     "every_n_layers": ("transformers", "5.16"),
@@ -18,6 +21,23 @@ CHECKPOINTING_SINCE = {
     "selective": ("trl", "1.15"),
 }
 """Keys of `gradient_checkpointing_kwargs` that older versions pass on to torch, which fails on them in the first forward."""
+
+FSDP2_RESUMES_SINCE = ("accelerate", "1.13")
+"""Older versions leave the optimizer's state as it is, without a word, since the new optimizer has none to load into."""
+
+CPUS_RESUME_SINCE = ("transformers", "5.18")
+"""Older versions ask torch to load the optimizer's state to "cpu:0", which it refuses."""
+
+
+def check_resuming(launch: Launch, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: the installed versions do not restore the optimizer of a run that was launched so.
+    """
+    if launch.backend == "FSDP2":
+        check_version(*FSDP2_RESUMES_SINCE, "Resuming under FSDP2")
+    if launch.backend == "DDP" and launch.world_size > 1 and device.type == "cpu":
+        check_version(*CPUS_RESUME_SINCE, "Resuming on several CPU processes")
 
 
 def check_checkpointing_kwargs(options: dict[str, Any]) -> None:
@@ -37,7 +57,7 @@ def check_version(package: str, version: str, feature: str) -> None:
     """
     if compare_versions(package, "<", version):
         raise ValueError(
-            f"{feature} needs {package} {version}, but an older version is installed. Leave it out, or upgrade: "
+            f"{feature} needs {package} {version}, but an older version is installed. Do without it, or upgrade: "
             f"`pip install '{package}>={version}'`."
         )
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGASFTTrainer
 from lora_ga_trainer.checkpoint.completeness import mark_complete
+from lora_ga_trainer.compatibility import check_resuming
 from lora_ga_trainer.launches import Launch, check_resumable_launch
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -28,6 +29,14 @@ LOSS_TOLERANCE = 1e-4
 def same_adapter(found: dict, reference: dict) -> bool:
     ours, theirs = found["adapter"], reference["adapter"]
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def skip_where_resuming_is_refused(backend: str) -> None:
+    """With versions that do not restore the optimizer under `backend`; see test_compatibility."""
+    try:
+        check_resuming(Launch(backend, 2), torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
@@ -90,6 +99,8 @@ def test_the_deaths_of_one_process_are_all_tried():
     ("config", "death"), [("zero3", "in the optimizer file"), ("fsdp2", "on another process"), ("ddp", "in training")]
 )
 def test_after_a_kill_of_one_of_two_processes(base_model, config, death, tmp_path):
+    skip_where_resuming_is_refused({"zero3": "ZeRO-3", "fsdp2": "FSDP2", "ddp": "DDP"}[config])
+
     def run(name, **more):
         return Run(name, base_model, SAVING, {"r": 2}, **more)
 
@@ -126,6 +137,7 @@ def of_one_process(base_model, tmp_path_factory) -> dict:
 
 
 def test_one_process_and_ddp_take_up_each_others_checkpoints(base_model, of_one_process, tmp_path, caplog):
+    skip_where_resuming_is_refused("DDP")
     checkpoint = f"{of_one_process['output_dir']}/checkpoint-4"
     runs = [Run("grown", base_model, SAVING, {"r": 2}, resume=checkpoint), Run("two", base_model, SAVING, {"r": 2})]
     found = launch("ddp", runs, tmp_path)
@@ -141,6 +153,7 @@ def test_one_process_and_ddp_take_up_each_others_checkpoints(base_model, of_one_
 
 
 def test_fsdp2_resumes_with_another_number_of_processes(base_model, tmp_path):
+    skip_where_resuming_is_refused("FSDP2")
     two = launch("fsdp2", [Run("two", base_model, SAVING, {"r": 2})], tmp_path)["two"]
     whole_batch = SAVING | {"per_device_train_batch_size": 4}
     run = Run("one", base_model, whole_batch, {"r": 2}, resume=f"{tmp_path}/two/checkpoint-4")
@@ -311,7 +324,10 @@ class LocalHub:
 
 
 def test_push_to_hub(trainer_of, base_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: LocalHub(tmp_path / "hub"))
+    hub = LocalHub(tmp_path / "hub")
+    stand_ins = {"hf_api": lambda: hub, "create_repo": hub.create_repo, "upload_folder": hub.upload_folder}
+    for name, stand_in in stand_ins.items():  # older versions of transformers call the two functions themselves
+        monkeypatch.setattr(transformers.trainer, name, stand_in, raising=False)
     options = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_strategy": "checkpoint", "hub_always_push": True}
     trainer = trainer_of(**options)
     trainer.train()

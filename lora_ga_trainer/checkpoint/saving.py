@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ..compatibility import check_resuming
 from .adapter_files import adapter_directory, adapter_state_dict
 from .completeness import check_can_resume, last_complete, mark_complete, remove_former
 from .model_card import add_lora_ga
@@ -29,7 +30,7 @@ class SavesAdapters(Base):
         """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
 
         Raises:
-            ValueError: the checkpoint is not complete, or not one of this run.
+            ValueError: the checkpoint is not complete, or not one of this run, or the installed versions cannot resume.
         """
         if resume_from_checkpoint:
             directory = (
@@ -38,6 +39,7 @@ class SavesAdapters(Base):
                 else Path(resume_from_checkpoint)
             )
             check_can_resume(self.model, directory, self.model.lora_ga.launch)
+            check_resuming(self.model.lora_ga.launch, self.args.device)
             resume_from_checkpoint = str(directory)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
