@@ -58,6 +58,11 @@ class LoRAGACallback(TrainerCallback):
         last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.restarts][-1]
         if not any(last.metrics().items() <= entry.items() for entry in state.log_history):
             self.trainer.unlogged = last.metrics()
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                f"The checkpoint's run has finished: {state.global_step:,} of {state.max_steps:,} steps. Nothing is trained. "
+                "To train on, raise `max_steps` or `num_train_epochs`."
+            )
         if args.ga_restart_steps is not None:
             due = state.global_step // args.ga_restart_steps
             self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.restarts) - due)

@@ -1,6 +1,5 @@
 """What a `Trainer` has to do otherwise to save and resume a LoRA-GA adapter; one half of `LoRAGAMixin`."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     Base = Trainer  # the mixin comes before one
 else:
     Base = object
-
-logger = logging.getLogger(__name__)
 
 
 class SavesAdapters(Base):
@@ -50,11 +47,6 @@ class SavesAdapters(Base):
         if self.state.global_step >= max_steps:
             # Trainer would train one more step each time that a job is started again (transformers 5.23). No epoch is left.
             epochs_trained, steps_trained_in_current_epoch = num_train_epochs, 0
-            if self.is_world_process_zero():
-                logger.warning(
-                    f"The checkpoint's run has finished: {self.state.global_step:,} of {max_steps:,} steps. Nothing is "
-                    "trained. To train on, raise `max_steps` or `num_train_epochs`."
-                )
         return epochs_trained, steps_trained_in_current_epoch
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
