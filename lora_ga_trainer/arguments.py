@@ -28,8 +28,8 @@ class LoRAGAArguments:
         ga_num_samples (`int`, *optional*, defaults to `64`):
             How many training examples the gradient is averaged over.
         ga_batch_size (`int`, *optional*):
-            Examples per forward and backward while estimating. Defaults to half of the training batch size per device, so
-            that the estimation peaks below training. Changes speed and memory only: the gradient is the token-weighted mean
+            Examples per forward and backward while estimating. Defaults to half of the training batch size per device,
+            which takes half of its activations. Changes speed and memory only: the gradient is the token-weighted mean
             however the examples are batched.
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so

@@ -222,7 +222,7 @@ def _factors_from_gradient(
         gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
         logger.warning(
             f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
-            f"{gibibytes:,.2f} GiB, and as much again while it is all-reduced. The default, 'sketch', needs a small part of it."
+            f"{gibibytes:,.2f} GiB. The default, 'sketch', needs a small part of it."
         )
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)

@@ -148,8 +148,15 @@ def _lost_heads(base: PreTrainedModel) -> list[str]:
     if not any(part in kind for part in CLASSIFIERS) or kind in (base.config.architectures or []):
         return []
     return [
-        name for name, child in base.named_children() if name != base.base_model_prefix and not _is_saved_whole(child)
+        name
+        for name, child in base.named_children()
+        if name != base.base_model_prefix and not _is_tower(child) and not _is_saved_whole(child)
     ]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """A pretrained part of another name than the base's, such as the encoder of Whisper's classifier: heads have no layers."""
+    return isinstance(module, PreTrainedModel) or any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
 def _is_saved_whole(module: nn.Module) -> bool:

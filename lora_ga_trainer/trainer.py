@@ -58,7 +58,7 @@ class LoRAGACallback(TrainerCallback):
         last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.restarts][-1]
         if not any(last.metrics().items() <= entry.items() for entry in state.log_history):
             self.trainer.unlogged = last.metrics()
-        if state.global_step >= state.max_steps and state.is_world_process_zero:
+        if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
             logger.warning(
                 f"The checkpoint's run has finished: {state.global_step:,} of {state.max_steps:,} steps. Nothing is trained. "
                 "To train on, raise `max_steps` or `num_train_epochs`."
@@ -200,6 +200,9 @@ class LoRAGAMixin(SavesAdapters):
             report = restart_lora_ga(
                 self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
             )
+        if self.unlogged:  # no entry since the last estimation: one of its own, or its metrics would be lost
+            with self.unchanged_metrics():
+                self.log({})
         self.unlogged = report.metrics()
 
     @contextmanager
@@ -222,8 +225,8 @@ class LoRAGAMixin(SavesAdapters):
                 "lower `ga_num_samples` to be rid of this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
-        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch, so
-        # that a run that fits into memory is not stopped by its initialization.
+        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the
+        # sketch.
         # The estimation runs on one device, also where `nn.DataParallel` trains on several.
         size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]

@@ -156,3 +156,13 @@ def test_a_copy_of_the_model_guards_itself():
     model = trained()
     other = copy.deepcopy(model)
     assert other.add_adapter.__self__ is other and other.add_weighted_adapter.__self__ is other
+
+
+def test_adapters_are_added_up_after_ours_was_deleted():
+    model = trained()
+    for name in ("a", "b"):
+        model.add_adapter(name, lora_config())
+    model.set_adapter("a")
+    model.delete_adapter("default")
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type="cat")
+    assert model.peft_config["sum"].r == 2 * model.peft_config["a"].r

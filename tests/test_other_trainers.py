@@ -44,6 +44,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 from trl import DPOTrainer
 
@@ -539,9 +541,21 @@ def test_a_head_that_would_be_lost_is_named(model, lora, head):
         attach_lora_ga(wrapped, LoRAGAArguments())
 
 
+def audio_classifier():
+    return WhisperForAudioClassification(
+        WhisperConfig(
+            d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=80, decoder_ffn_dim=80, num_mel_bins=8, max_source_positions=20, vocab_size=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, num_labels=3,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("model", "lora"),
     [
+        # its encoder has another name than the base model's, and is no head
+        (audio_classifier, {"task_type": None, "modules_to_save": ["projector", "classifier"]}),
         (lambda: base_of("classifier"), {"task_type": "SEQ_CLS"}),
         (lambda: base_of("classifier"), {"task_type": None, "modules_to_save": ["score"]}),
         (bart_classifier, {"task_type": "SEQ_CLS", "r": 2, "modules_to_save": ["classification_head"]}),

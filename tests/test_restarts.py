@@ -290,6 +290,13 @@ def one_process_group(tmp_path):
     dist.destroy_process_group()
 
 
+def test_what_each_start_found_is_logged_though_nothing_is_logged_between_them(run):
+    trainer = run(max_steps=4, logging_steps=4, ga_restart_steps=2)
+    reports = [trainer.lora_ga_report, *trainer.model.lora_ga.restarts]
+    assert history(trainer, "ga/alignment_mean") == [report.alignment_mean for report in reports]
+    assert len(history(trainer, "loss")) == 1
+
+
 def test_a_second_call_of_train_restarts_as_the_first_did(run):
     trainer = run()
     first = history(trainer, "learning_rate")

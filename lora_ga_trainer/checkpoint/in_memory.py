@@ -34,12 +34,16 @@ def add_weighted_adapter(peft_model: PeftModel, *args: Any, **kwargs: Any) -> No
     Raises:
         ValueError: the model is sharded.
     """
+    stock = type(peft_model.base_model).add_weighted_adapter
+    if peft_model.lora_ga.adapter_name not in peft_model.peft_config:
+        stock(peft_model.base_model, *args, **kwargs)
+        return
     if any(map(is_sharded, peft_model.parameters())):
         raise ValueError(f"`add_weighted_adapter` needs whole matrices, but those of this model are sharded. {RELOAD}")
     with config_as_in_file(peft_model) as presented:
         # The new adapter's matrices hold all scalings, so its own must be 1; PEFT 0.21 makes it √r if this is on (peft#3761).
         presented.use_rslora = False
-        type(peft_model.base_model).add_weighted_adapter(peft_model.base_model, *args, **kwargs)
+        stock(peft_model.base_model, *args, **kwargs)
 
 
 def add_adapter(peft_model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -68,7 +68,7 @@ def first_changed_weight(peft_model: PeftModel, name: str, revision: str | None)
                     known = next((own for own in names if own in parameters), None)
                     if known is not None and not _same(parameters[known], file.get_slice(key)):
                         return known
-    except (OSError, ValueError, SafetensorError):  # not here, or not whole
+    except (OSError, ValueError, KeyError, SafetensorError):  # not here, or not whole
         pass
     return None
 

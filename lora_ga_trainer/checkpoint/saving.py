@@ -75,7 +75,8 @@ class SavesAdapters(Base):
         Every process has to call it; only those that write hold the whole adapter.
         """
         state_dict = adapter_state_dict(self.model, keep=self.args.should_save)
-        self._save(output_dir or self.args.output_dir, state_dict=state_dict)
+        if self.args.should_save:  # transformers before 5.23 takes whoever calls `_save` for the writer
+            self._save(output_dir or self.args.output_dir, state_dict=state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

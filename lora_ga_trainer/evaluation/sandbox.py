@@ -96,8 +96,8 @@ def run_program(program: str, tests: str, timeout: float = 10.0, memory_bytes: i
         "cpu_seconds": int(timeout) + 2,  # the wall clock strikes first, unless this process is killed
     }
     # -s -S: no site-packages, so that a score does not depend on what else is installed, and a quick start.
-    # -P: nothing from the folder of this file. PYTHONHASHSEED: sets have the same order every time.
-    interpreter = [sys.executable, "-s", "-S", "-P", "-B", str(Path(__file__).resolve())]
+    # PYTHONHASHSEED: sets have the same order every time.
+    interpreter = [sys.executable, "-s", "-S", "-B", str(Path(__file__).resolve())]
     timed_out, ending = False, "exit code 0"
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         verdict_file = Path(folder, "verdict")
@@ -176,6 +176,7 @@ def _machine() -> str:
 
 
 def _launch() -> NoReturn:
+    sys.path.pop(0)  # the folder of this file; not the option `-P`, which Python 3.10 lacks
     job = json.load(sys.stdin)
     verdict = os.dup(2)
     os.dup2(1, 2)
