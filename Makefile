@@ -1,8 +1,8 @@
 # make demo: fine-tune a real 135M model from a LoRA-GA start.   make test: the test suite.   make lint: ruff and mypy.
-# make test-quick: its core, in under two minutes.   make test-one-process, make test-two-processes: its two halves.
+# make test-quick: a selection, in under two minutes.   make test-one-process, make test-two-processes: its two halves.
 # make test-lower-bounds, make test-latest: the core tests on the oldest versions that setup.cfg admits, and on the newest.
 # make package: wheel and sdist into dist/, the wheel tried in an environment of its own.   make docs: docs/ as a site in site/.
-# Each creates .venv or uses the one that is there. VENV=path chooses another.
+# Each creates .venv (or .venv-lowest, .venv-latest) or uses the one that is there. VENV=path chooses another, PYTHON=path the Python of a new one.
 # make gpu: tests and benchmarks on one GPU, in the environment of `python3` (PYTHON=path chooses another); it installs nothing.
 PYTHON ?= python3
 VENV ?= .venv

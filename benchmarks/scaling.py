@@ -80,7 +80,7 @@ EXPECTED = {
     "width": "seconds to 2: the weights' products; memory and sketch 1: activations and 2·K·(O + I); the gradient, O·I, 2",
     "layers": "all 1: every layer alike",
     "rank": "all under 1: weights and activations stay; sketch K = 2·r + 32, so to 1 only for r ≫ 16; gradient 0",
-    "processes": "seconds to −1: samples and factorizations are shared; memory 0: a batch and all sums on each, a copy to send",
+    "processes": "seconds to −1: samples and factorizations are shared; memory 0: a batch and all sums on each, 64 MiB to send",
 }
 
 

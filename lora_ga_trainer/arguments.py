@@ -28,12 +28,12 @@ class LoRAGAArguments:
         ga_num_samples (`int`, *optional*, defaults to `64`):
             How many training examples the gradient is averaged over.
         ga_batch_size (`int`, *optional*):
-            Examples per forward and backward while estimating. Defaults to half of the training batch size per device,
-            which takes half of its activations. Changes speed and memory only: the gradient is the token-weighted mean
-            however the examples are batched.
+            Examples per forward and backward while estimating. Defaults to half of the training batch size per device, to
+            make room for the sketch. Changes speed and memory only: the gradient is the token-weighted mean however the
+            examples are batched.
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
-            small that the sketch would be the larger of the two is always estimated exactly.)
+            small that 2·K·(O+I) ≥ O·I is always estimated exactly.)
         ga_sketch_passes (`int`, *optional*, defaults to `2`):
             How often the sketch goes over the same examples. More passes, closer to the exact singular vectors: on real
             gradients 1 reaches 0.98 of the exact alignment, 2 reach 0.999, 3 reach 0.9999.

@@ -225,8 +225,8 @@ class LoRAGAMixin(SavesAdapters):
                 "lower `ga_num_samples` to be rid of this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
-        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the
-        # sketch.
+        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch.
+        # With gradient checkpointing and small batches too few are saved; see docs/how_it_works.md, "Its memory".
         # The estimation runs on one device, also where `nn.DataParallel` trains on several.
         size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]

@@ -29,7 +29,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def todays_peft_in_transformers():
-    """transformers 5.24 adds and deletes adapters with PEFT 0.22 only, which came out after it: let it try with any."""
+    """transformers 5.24 adds and deletes adapters with PEFT 0.22 only, which is not out yet: let it try with any."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0.18.0")
         yield
