@@ -158,7 +158,8 @@ def make_accumulator(name: str, layer: LoraLayer, adapter_name: str, config: LoR
     width = sketch_width(name, layer, adapter_name, config)
     if config.ga_estimator == "exact" or 2 * width * (O + I) >= O * I:
         return ExactGradient(O, I, device)
-    # float32 where the weight is, whatever autocast makes of x and dy; a quantized layer computes in 16 bits, and need not have a parameter
+    # float32 where the weight is, whatever autocast makes of x and dy. A quantized layer computes in 16 bits, and need not
+    # have a parameter.
     is_float32 = any(parameter.dtype == torch.float32 for parameter in layer.get_base_layer().parameters())
     basis_dtype = torch.float32 if is_float32 else torch.bfloat16
     seed = derived_seed("sketch", config.ga_seed)
