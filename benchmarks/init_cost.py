@@ -39,10 +39,10 @@ from transformers import PreTrainedModel
 from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
-from lora_ga_trainer.initialization import attach_lora_ga
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.gradient.memory import peak_memory
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 RANK = 8
 HALVED = "ours, 2 passes, half batches"

@@ -31,7 +31,7 @@ from scaling_point import Point, random_batches, random_llama, with_lora
 from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.gradient.memory import peak_memory
 
 BATCH_SIZES = (1, 2, 4)
 RANKS = (8, 32, 128)

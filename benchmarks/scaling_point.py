@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.backends import gather_objects, rank, world_size
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import Accumulator, make_accumulator
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.distributed.backends import gather_objects, rank, world_size
+from lora_ga_trainer.gradient.estimation import Accumulator, make_accumulator
 
 VOCABULARY = 1000
 """Small: the head is no target, and its logits should not decide the memory."""

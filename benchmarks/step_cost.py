@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.gradient.memory import peak_memory
 
 TIMES, VARIANTS = "times", ("LoRA", "LoRA-GA")
 GOALS = {"time": 1.03, "memory": 1.02}

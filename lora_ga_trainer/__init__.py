@@ -14,13 +14,13 @@ if TYPE_CHECKING:
         LoRAGASFTConfig,
         LoRAGATrainingArguments,
     )
-    from .dpo_trainer import LoRAGADPOTrainer
-    from .initialization import initialize_lora_ga, restart_lora_ga
+    from .initialization.initialize import initialize_lora_ga, restart_lora_ga
     from .report import InitReport
-    from .reward_trainer import LoRAGARewardTrainer
-    from .seq2seq_trainer import LoRAGASeq2SeqTrainer
-    from .sft_trainer import LoRAGASFTTrainer
-    from .trainer import LoRAGAMixin
+    from .trainers.dpo import LoRAGADPOTrainer
+    from .trainers.mixin import LoRAGAMixin
+    from .trainers.reward import LoRAGARewardTrainer
+    from .trainers.seq2seq import LoRAGASeq2SeqTrainer
+    from .trainers.sft import LoRAGASFTTrainer
 
 __all__ = [
     "InitReport",
@@ -44,17 +44,17 @@ _HOMES = {
     "InitReport": "report",
     "LoRAGAArguments": "arguments",
     "LoRAGADPOConfig": "arguments",
-    "LoRAGADPOTrainer": "dpo_trainer",
-    "LoRAGAMixin": "trainer",
+    "LoRAGADPOTrainer": "trainers.dpo",
+    "LoRAGAMixin": "trainers.mixin",
     "LoRAGARewardConfig": "arguments",
-    "LoRAGARewardTrainer": "reward_trainer",
+    "LoRAGARewardTrainer": "trainers.reward",
     "LoRAGASFTConfig": "arguments",
-    "LoRAGASFTTrainer": "sft_trainer",
+    "LoRAGASFTTrainer": "trainers.sft",
     "LoRAGASeq2SeqConfig": "arguments",
-    "LoRAGASeq2SeqTrainer": "seq2seq_trainer",
+    "LoRAGASeq2SeqTrainer": "trainers.seq2seq",
     "LoRAGATrainingArguments": "arguments",
-    "initialize_lora_ga": "initialization",
-    "restart_lora_ga": "initialization",
+    "initialize_lora_ga": "initialization.initialize",
+    "restart_lora_ga": "initialization.initialize",
 }
 """Where each public name is. They are imported when first used, so that `lora-ga --help` need not wait for torch."""
 

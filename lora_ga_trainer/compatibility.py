@@ -13,7 +13,7 @@ from accelerate.utils import compare_versions
 from peft import PeftModel
 from torch import Tensor
 
-from .launches import Launch
+from .distributed.launches import Launch
 
 CHECKPOINTING_SINCE = {
     "every_n_layers": ("transformers", "5.16"),

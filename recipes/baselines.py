@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from lora_ga_trainer import LoRAGAMixin
-from lora_ga_trainer.seq2seq_trainer import TokenMeanSeq2SeqTrainer
+from lora_ga_trainer.trainers.seq2seq import TokenMeanSeq2SeqTrainer
 
 LORA_PLUS_RATIO = 16
 """λ of LoRA+ (arXiv 2402.12354): B learns so many times as fast as A."""

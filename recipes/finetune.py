@@ -16,8 +16,8 @@ from recipe import Options, Recipe, RunArguments
 from transformers import AutoTokenizer, Trainer
 from trl import TrlParser
 
-from lora_ga_trainer.backends import gather_objects, rank
 from lora_ga_trainer.cli.parsing import config_keys, errors_as_messages, resume_choice
+from lora_ga_trainer.distributed.backends import gather_objects, rank
 from lora_ga_trainer.evaluation.loading import model_settings
 from lora_ga_trainer.evaluation.results import evaluation_settings, open_evaluation
 

@@ -22,7 +22,7 @@ from transformers import Seq2SeqTrainer
 from trl import ModelConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASeq2SeqTrainer, LoRAGASFTTrainer
-from lora_ga_trainer.seq2seq_trainer import TokenMeanSeq2SeqTrainer
+from lora_ga_trainer.trainers.seq2seq import TokenMeanSeq2SeqTrainer
 
 
 def lora(**changes: Any) -> Callable[..., LoraConfig]:

@@ -40,9 +40,9 @@ from lora_ga_trainer import (
     backends,
     factorization,
 )
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint import saving as saving_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict, histories
-from lora_ga_trainer.delta import delta_layers
 
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 STEPS = 6

@@ -53,9 +53,9 @@ from lora_ga_trainer import (
 )
 from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.checkpoint.state import STATE_FILE
+from lora_ga_trainer.distributed.launches import Launch, check_checkpointing, check_restart
 from lora_ga_trainer.evaluation import __main__ as evaluation
-from lora_ga_trainer.initialization import attach_lora_ga
-from lora_ga_trainer.launches import Launch, check_checkpointing, check_restart
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
 QUIET = {"disable_tqdm": True}

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, initialize_lora_ga
-from lora_ga_trainer.backends import rank
+from lora_ga_trainer.distributed.backends import rank
 
 DISK = 30_000
 """Bytes that a file may have on the full disk: less than an adapter's."""

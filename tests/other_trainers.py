@@ -25,8 +25,8 @@ from lora_ga_trainer import (
     LoRAGARewardTrainer,
     LoRAGATrainingArguments,
 )
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_items, estimate_gradients, make_accumulator
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, make_accumulator
 
 PAIRS = ("reward", "dpo")
 KINDS = ("classifier", *PAIRS)

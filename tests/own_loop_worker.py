@@ -17,10 +17,10 @@ from tiny import peft_pair, tiny_batches
 from torch.distributed.fsdp import fully_shard
 
 from lora_ga_trainer import LoRAGAArguments, accumulator, backends, factorization, initialize_lora_ga
-from lora_ga_trainer.backends import full_tensor
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
-from lora_ga_trainer.estimation import language_model_loss
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.distributed.backends import full_tensor
+from lora_ga_trainer.gradient.estimation import language_model_loss
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 deepspeed = import_deepspeed()
 CONFIG = LoRAGAArguments(ga_estimator="exact")

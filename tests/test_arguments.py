@@ -9,7 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from trl import TrlParser
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig
-from lora_ga_trainer.lora_config import check_lora_config, paper_lora_config
+from lora_ga_trainer.adapter.lora_config import check_lora_config, paper_lora_config
 
 DEFAULTS = {
     "ga_num_samples": 64,

@@ -32,7 +32,7 @@ from transformers.distributed import DistributedConfig
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import FROZEN_FILE
-from lora_ga_trainer.launches import Launch, check_fsdp2, launch_of, splits_model
+from lora_ga_trainer.distributed.launches import Launch, check_fsdp2, launch_of, splits_model
 
 BACKENDS = {
     "ddp": (Launch("DDP", 2), "DistributedDataParallel"),

@@ -12,10 +12,10 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint.adapter_files import portable_config
 from lora_ga_trainer.checkpoint.state import read_state
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_sketch_size=10)
 NO_OFFSET = LoRAGAArguments(ga_sketch_size=10, ga_offset=False)

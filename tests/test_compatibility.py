@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from lora_ga_trainer import LoRAGASFTTrainer
 from lora_ga_trainer.compatibility import CHECKPOINTING_SINCE, CPUS_RESUME_SINCE, FSDP2_RESUMES_SINCE, check_version
-from lora_ga_trainer.launches import Launch
+from lora_ga_trainer.distributed.launches import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ASKS = re.compile(r"compare_versions|packaging\.|version_info|importlib\.metadata|\bis_\w+_version\b|ImportError")

@@ -9,7 +9,15 @@ from tiny import CONFIGS, lora_config, peft_pair, tiny_batches
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ga_trainer.delta import DeltaA, DeltaB, SumA, attach_delta_form, check_targets, lora_layers, write_factors
+from lora_ga_trainer.adapter.delta import (
+    DeltaA,
+    DeltaB,
+    SumA,
+    attach_delta_form,
+    check_targets,
+    lora_layers,
+    write_factors,
+)
 
 BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 

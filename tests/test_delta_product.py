@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_ga_trainer.delta import DeltaA, DeltaB, SumA
-from lora_ga_trainer.delta_product import multiply_a, multiply_b
+from lora_ga_trainer.adapter.delta import DeltaA, DeltaB, SumA
+from lora_ga_trainer.adapter.product import multiply_a, multiply_b
 
 TOKENS, IN, OUT, RANK, HISTORY = 10, 12, 10, 3, 4
 

@@ -10,12 +10,12 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import language_model_loss, make_accumulator
-from lora_ga_trainer.initialization import attach_lora_ga
-from lora_ga_trainer.probe import preserved_rng
-from lora_ga_trainer.training_data import draw_examples
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
+from lora_ga_trainer.gradient.estimation import language_model_loss, make_accumulator
+from lora_ga_trainer.gradient.probe import preserved_rng
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.trainers.data import draw_examples
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]

@@ -42,9 +42,9 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_estimator="exact")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -11,10 +11,10 @@ from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.accumulator import GradientSketch
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import estimate_gradients, language_model_loss, make_accumulator, whole_list
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.accumulator import GradientSketch
+from lora_ga_trainer.gradient.estimation import estimate_gradients, language_model_loss, make_accumulator, whole_list
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 

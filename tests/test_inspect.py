@@ -18,9 +18,9 @@ from tiny import lora_config, peft_pair, sft_arguments, tiny_batches, tiny_model
 from trl import SFTTrainer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint.state import read_state
 from lora_ga_trainer.cli.__main__ import main
-from lora_ga_trainer.delta import delta_layers
 from lora_ga_trainer.inspection import figures
 from lora_ga_trainer.inspection.comparison import compare, run_names
 from lora_ga_trainer.inspection.layer_names import layer_grid
@@ -384,7 +384,7 @@ def test_one_bar_and_one_block(logging_on, caplog, capsys):
 
 
 def test_padding_free_batches_are_counted_in_samples():
-    from lora_ga_trainer.estimation import count_examples
+    from lora_ga_trainer.gradient.estimation import count_examples
 
     rows = torch.zeros(3, 5, dtype=torch.long)
     assert count_examples({"input_ids": rows, "labels": rows}) == 3

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.gradient.memory import peak_memory
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ import torch
 from launching import PYTHON, environment, torchrun
 from tiny import tiny_model, word_tokenizer
 
-from lora_ga_trainer.backends import gather_objects
+from lora_ga_trainer.distributed.backends import gather_objects
 from lora_ga_trainer.evaluation import mt_bench
 from lora_ga_trainer.evaluation.judge import API_KEY, JudgeArguments, Request, judge, make_requests, rating
 from lora_ga_trainer.evaluation.mt_bench import (

@@ -61,9 +61,9 @@ from lora_ga_trainer import (
     LoRAGATrainingArguments,
     initialize_lora_ga,
 )
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import items_in
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.estimation import items_in
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
 

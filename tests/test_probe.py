@@ -14,10 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_ga_trainer import LoRAGAArguments
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
-from lora_ga_trainer.initialization import attach_lora_ga
-from lora_ga_trainer.probe import gradient_probe, noise_free_training_mode
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.gradient.probe import gradient_probe, noise_free_training_mode
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 

@@ -18,10 +18,10 @@ from tiny import lora_config, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.accumulator import ExactGradient, GradientSketch
+from lora_ga_trainer.adapter.delta import attach_delta_form, lora_layers, write_factors
 from lora_ga_trainer.checkpoint.layouts import LAYOUTS
-from lora_ga_trainer.delta import attach_delta_form, lora_layers, write_factors
 from lora_ga_trainer.factors import Scales, SingularTriplets, alignment, lora_ga_factors, scale_factors
+from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -25,9 +25,9 @@ from lora_ga_trainer import (
     initialize_lora_ga,
     restart_lora_ga,
 )
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the extra `quant`")
 

@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
-from lora_ga_trainer.factorization import factor_gradient
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.initialization.factorization import factor_gradient
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 
 @pytest.fixture(scope="module")

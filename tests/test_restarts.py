@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, backends, delta, initialize_lora_ga, restart_lora_ga
-from lora_ga_trainer.delta import delta_layers, freeze_trained
-from lora_ga_trainer.estimation import language_model_loss
-from lora_ga_trainer.initialization import attach_lora_ga
-from lora_ga_trainer.launches import Launch, check_restart
-from lora_ga_trainer.restarts import check_schedule, restart_is_due, rewarm, rewarmed
+from lora_ga_trainer.adapter.delta import delta_layers, freeze_trained
+from lora_ga_trainer.distributed.launches import Launch, check_restart
+from lora_ga_trainer.gradient.estimation import language_model_loss
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.trainers.restarts import check_schedule, restart_is_due, rewarm, rewarmed
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from lora_ga_trainer import LoRAGASFTTrainer
 from lora_ga_trainer.checkpoint.completeness import mark_complete
 from lora_ga_trainer.compatibility import check_resuming
-from lora_ga_trainer.launches import Launch, check_resumable_launch
+from lora_ga_trainer.distributed.launches import Launch, check_resumable_launch
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 # float32: the same examples in a step, summed in another order; see test_backends

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGASeq2SeqConfig, LoRAGASeq2SeqTrainer
-from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.adapter.delta import delta_layers
 
 COLLATE = DataCollatorForSeq2Seq(word_tokenizer())
 INPUTS = COLLATE(seq2seq_problems().select(range(6)).to_list())

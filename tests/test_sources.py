@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
+from lora_ga_trainer.distributed.launches import Launch, check_resume_path
 from lora_ga_trainer.evaluation import gsm8k, mt_bench
 from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments
 from lora_ga_trainer.evaluation.humaneval import read_problems
 from lora_ga_trainer.evaluation.sources import hub_items, load_named, local_items
-from lora_ga_trainer.launches import Launch, check_resume_path
 
 # each name, read as a pattern, would match the second folder as well or instead
 PAIRS = [

@@ -16,8 +16,8 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.initialization import attach_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGASFTTrainer
-from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.adapter.delta import delta_layers
 
 BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))

@@ -15,7 +15,7 @@ from lora_ga_trainer import (
     LoRAGASFTConfig,
     LoRAGASFTTrainer,
 )
-from lora_ga_trainer.training_data import check_examples, check_turns
+from lora_ga_trainer.trainers.data import check_examples, check_turns
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
 QUESTION, ANSWER = CHAT[:1], CHAT[1:]

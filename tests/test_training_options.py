@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import OffloadActivations
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialization, initialize_lora_ga
-from lora_ga_trainer.estimation import language_model_loss
+from lora_ga_trainer.gradient.estimation import language_model_loss
 
 # --- the reference: what is trained on, by hand ---------------------------------------------------------------------
 

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
+from ..adapter.delta import delta_layers, offset_halves
 from ..compatibility import without_other_adapters
-from ..delta import delta_layers, offset_halves
+from ..distributed.backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
 from .state import LoRAGAState, check_same_run, write_state

@@ -15,10 +15,10 @@ from pathlib import Path
 from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..backends import rank
-from ..launches import Launch, check_resumable_launch, check_resume_path
-from ..run_folder import checkpoints_of
+from ..distributed.backends import rank
+from ..distributed.launches import Launch, check_resumable_launch, check_resume_path
 from .adapter_files import adapter_directory, check_adapter
+from .run_folder import checkpoints_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from ..backends import is_sharded
-from ..delta import DeltaHalf, delta_layers
+from ..adapter.delta import DeltaHalf, delta_layers
+from ..distributed.backends import is_sharded
 from .adapter_files import config_as_in_file, rank_in_memory
 
 RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`PeftModel.from_pretrained(base_model, folder)`)."

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..delta import DeltaA, DeltaB, SumA
+from ..adapter.delta import DeltaA, DeltaB, SumA
 
 Tensors = dict[str, Tensor]
 

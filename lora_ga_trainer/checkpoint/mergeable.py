@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..lora_config import OTHER_METHODS
+from ..adapter.lora_config import OTHER_METHODS
 
 COMPUTED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save",

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..backends import full_shape
+from ..distributed.backends import full_shape
 from .layouts import LAYOUTS
 from .state import LoRAGAState
 

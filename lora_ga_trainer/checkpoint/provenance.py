@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..backends import full_shape, gather_objects, leading_rows, rank
-from ..quantized import UNQUANTIZED
+from ..adapter.quantized import UNQUANTIZED
+from ..distributed.backends import full_shape, gather_objects, leading_rows, rank
 from .exporting import shards_of
 
 logger = logging.getLogger(__name__)

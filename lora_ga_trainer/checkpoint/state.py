@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from .._version import __version__
 from ..arguments import LoRAGAArguments
-from ..launches import Launch
+from ..distributed.launches import Launch
 from ..report import InitReport
 
 STATE_FILE = "lora_ga.json"

@@ -118,7 +118,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
     """Load, train, save. Every process calls it."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..sft_trainer import LoRAGASFTTrainer
+    from ..trainers.sft import LoRAGASFTTrainer
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..backends import gather_objects, rank, world_size
+from ..distributed.backends import gather_objects, rank, world_size
 from .results import append_lines, finished_lines
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..backends import compute_device
+from ..distributed.backends import compute_device
 from .answers import answer_all
 
 

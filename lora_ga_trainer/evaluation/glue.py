@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backends import compute_device
+from ..distributed.backends import compute_device
 from .answers import answer_all
 from .arguments import EvaluationArguments
 from .results import write_results

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..backends import failing_together, gather_objects, rank, world_size
+from ..distributed.backends import failing_together, gather_objects, rank, world_size
 from .arguments import EvaluationArguments
 from .generation import complete
 from .prompts import alpaca_prompt

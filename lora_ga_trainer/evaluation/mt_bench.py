@@ -28,7 +28,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..backends import gather_objects, rank, world_size
+from ..distributed.backends import gather_objects, rank, world_size
 from .arguments import EvaluationArguments
 from .generation import complete
 from .judge import NEED_REFERENCE, UNRATED, JudgeArguments, check_judge, judge, make_requests

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..backends import gather_objects, rank
 from ..compatibility import sha256
+from ..distributed.backends import gather_objects, rank
 from .arguments import EvaluationArguments
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from peft.utils import CONFIG_NAME
 
 from ..checkpoint.model_card import settings
+from ..checkpoint.run_folder import checkpoints_of, step_of
 from ..checkpoint.state import LoRAGAState, read_state
 from ..report import InitReport
-from ..run_folder import checkpoints_of, step_of
 from . import figures
 from .norms import Norms, factor_norms
 from .page import Picture, facts_table, figure_html, html_page, number_table

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..run_folder import checkpoints_of, step_of
+from ..checkpoint.run_folder import checkpoints_of, step_of
 
 STATE_FILE, LOG_FILE = "lora_ga.json", "trainer_state.json"
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from tiny import lora_config, sft_arguments, word_problems, word_tokenizer
 
 from lora_ga_trainer import LoRAGASFTConfig, LoRAGASFTTrainer
-from lora_ga_trainer.backends import gather_objects, rank, world_size
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
+from lora_ga_trainer.distributed.backends import gather_objects, rank, world_size
 
 
 def main(model: str, out: Path) -> None:

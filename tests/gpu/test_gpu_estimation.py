@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
+from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
-from lora_ga_trainer.delta import delta_layers
-from lora_ga_trainer.estimation import language_model_loss
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.gradient.estimation import language_model_loss
+from lora_ga_trainer.gradient.memory import peak_memory
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 SKETCH = LoRAGAArguments(ga_estimator="sketch", ga_sketch_size=10)

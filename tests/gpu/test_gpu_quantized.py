@@ -10,7 +10,7 @@ from test_probe import checkpointed, estimated_gradients
 from tiny import lora_config, tiny_batches
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.delta import delta_layers
+from lora_ga_trainer.adapter.delta import delta_layers
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from test_probe import estimated_gradients
 from tiny import lora_config, tiny_batches
 
 from lora_ga_trainer import initialize_lora_ga
-from lora_ga_trainer.memory import peak_memory
+from lora_ga_trainer.gradient.memory import peak_memory
 
 
 def test_gradient(cuda):

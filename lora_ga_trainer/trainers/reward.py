@@ -5,8 +5,8 @@ import copy
 from peft import LoraConfig, TaskType
 from trl import RewardTrainer
 
-from .arguments import LoRAGARewardConfig
-from .trl_trainer import LoRAGATRLMixin
+from ..arguments import LoRAGARewardConfig
+from .trl import LoRAGATRLMixin
 
 
 class LoRAGARewardTrainer(LoRAGATRLMixin, RewardTrainer):

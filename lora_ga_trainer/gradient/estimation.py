@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .accumulator import ExactGradient, GradientSketch
-from .arguments import LoRAGAArguments
-from .backends import (
+from ..arguments import LoRAGAArguments
+from ..distributed.backends import (
     batch_device,
     compute_device,
     failing_together,
@@ -31,6 +30,7 @@ from .backends import (
     sum_over_processes,
     world_size,
 )
+from .accumulator import ExactGradient, GradientSketch
 from .probe import gradient_probe
 
 Accumulator = ExactGradient | GradientSketch

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .factors import SingularTriplets
+from ..factors import SingularTriplets
 
 HELD_OUT_COLUMNS = 8
 """Test columns that never shape the basis, so that what the basis misses can be estimated without bias.

@@ -21,8 +21,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .backends import may_freeze_while_probing
-from .quantized import checked_backward
+from ..adapter.quantized import checked_backward
+from ..distributed.backends import may_freeze_while_probing
 
 NOISE_ATTRIBUTES = ("drop", "jitter", "neftune", "mask_time_prob", "mask_feature_prob")
 """Numeric attributes of transformers' modules and configurations with these in their names add noise while training:

@@ -8,7 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import is_number_above_zero
+from ..arguments import is_number_above_zero
 
 
 def paper_lora_config(task_type: TaskType | None = TaskType.CAUSAL_LM) -> LoraConfig:

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from .arguments import with_ga_options
-from .launches import check_offloading
-from .lora_config import check_lora_config, check_no_adapter, paper_lora_config
-from .trainer import LoRAGAMixin
-from .training_data import check_not_empty, check_turns
+from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
+from ..arguments import with_ga_options
+from ..distributed.launches import check_offloading
+from .data import check_not_empty, check_turns
+from .mixin import LoRAGAMixin
 
 
 class LoRAGATRLMixin(LoRAGAMixin):

@@ -15,8 +15,8 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .arguments import LoRAGAArguments
-from .backends import is_sharded
+from ..arguments import LoRAGAArguments
+from ..distributed.backends import is_sharded
 
 UNQUANTIZED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZABLE = ("Linear4bit", "Linear8bitLt", "HqqLoraLinear", "TorchaoLoraLinear")

@@ -29,9 +29,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
-from .backends import compute_device, full_tensor, is_sharded, write_parameter
-from .delta_product import join_a, join_b, multiply_a, multiply_b
+from ..distributed.backends import compute_device, full_tensor, is_sharded, write_parameter
 from .joined_weight import joined_weight
+from .product import join_a, join_b, multiply_a, multiply_b
 
 
 class DeltaHalf(nn.Module):

@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from .arguments import LoRAGAArguments
-from .backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
-from .checkpoint.adapter_files import file_has_embeddings, make_portable
-from .checkpoint.in_memory import guard_helpers
-from .checkpoint.provenance import forget_changed_base
-from .checkpoint.state import LoRAGAState
-from .delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
-from .estimation import (
+from ..adapter.delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
+from ..adapter.lora_config import check_lora_config, check_no_adapter, check_own_adapter, check_task
+from ..adapter.quantized import check_scale
+from ..arguments import LoRAGAArguments
+from ..checkpoint.adapter_files import file_has_embeddings, make_portable
+from ..checkpoint.in_memory import guard_helpers
+from ..checkpoint.provenance import forget_changed_base
+from ..checkpoint.state import LoRAGAState
+from ..distributed.backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
+from ..gradient.estimation import (
     ComputeLoss,
     check_batches,
     count_items,
@@ -32,12 +34,10 @@ from .estimation import (
     make_accumulator,
     sketch_width,
 )
+from ..gradient.memory import peak_memory
+from ..gradient.probe import preserved_rng
+from ..report import InitReport
 from .factorization import write_all_factors
-from .lora_config import check_lora_config, check_no_adapter, check_own_adapter, check_task
-from .memory import peak_memory
-from .probe import preserved_rng
-from .quantized import check_scale
-from .report import InitReport
 
 logger = logging.getLogger(__name__)
 

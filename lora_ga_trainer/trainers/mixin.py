@@ -23,20 +23,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import LoRAGAArguments, LoRAGATrainingArguments
-from .backends import rank, world_size
-from .checkpoint.completeness import check_writable
-from .checkpoint.model_card import TAG
-from .checkpoint.saving import SavesAdapters
-from .compatibility import check_checkpointing_kwargs
-from .delta import offset_halves
-from .estimation import items_in
-from .initialization import attach_lora_ga, initialize_lora_ga, restart_lora_ga
-from .launches import check_checkpointing, check_fsdp2, check_offloading, check_restart, launch_has_schedule, launch_of
-from .probe import preserved_rng
-from .report import InitReport
+from ..adapter.delta import offset_halves
+from ..arguments import LoRAGAArguments, LoRAGATrainingArguments
+from ..checkpoint.completeness import check_writable
+from ..checkpoint.model_card import TAG
+from ..checkpoint.saving import SavesAdapters
+from ..compatibility import check_checkpointing_kwargs
+from ..distributed.backends import rank, world_size
+from ..distributed.launches import (
+    check_checkpointing,
+    check_fsdp2,
+    check_offloading,
+    check_restart,
+    launch_has_schedule,
+    launch_of,
+)
+from ..gradient.estimation import items_in
+from ..gradient.probe import preserved_rng
+from ..initialization.initialize import attach_lora_ga, initialize_lora_ga, restart_lora_ga
+from ..report import InitReport
+from .data import check_not_empty, draw_examples
 from .restarts import check_schedule, restart_is_due, rewarm
-from .training_data import check_not_empty, draw_examples
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from .arguments import LoRAGAArguments
-from .backends import broadcast, compute_device, failing_together, full_tensor, is_sharded, rank, spread
-from .delta import freeze_trained, write_factors
-from .estimation import Accumulator, derived_seed
-from .factors import Factors, leading_singular_values, lora_ga_factors, scale_factors
-from .quantized import dequantized_weight
-from .report import LayerReport
+from ..adapter.delta import freeze_trained, write_factors
+from ..adapter.quantized import dequantized_weight
+from ..arguments import LoRAGAArguments
+from ..distributed.backends import broadcast, compute_device, failing_together, full_tensor, is_sharded, rank, spread
+from ..factors import Factors, leading_singular_values, lora_ga_factors, scale_factors
+from ..gradient.estimation import Accumulator, derived_seed
+from ..report import LayerReport
 
 
 def write_all_factors(

@@ -4,10 +4,10 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from .arguments import LoRAGASFTConfig
-from .compatibility import enable_selective_checkpointing
-from .training_data import check_examples
-from .trl_trainer import LoRAGATRLMixin
+from ..arguments import LoRAGASFTConfig
+from ..compatibility import enable_selective_checkpointing
+from .data import check_examples
+from .trl import LoRAGATRLMixin
 
 
 class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):

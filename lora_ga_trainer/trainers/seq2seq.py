@@ -7,10 +7,10 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
-from .arguments import LoRAGASeq2SeqConfig, with_ga_options
-from .launches import check_shared_embeddings, launch_of
-from .lora_config import check_lora_config, check_no_adapter, paper_lora_config
-from .trainer import LoRAGAMixin
+from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
+from ..arguments import LoRAGASeq2SeqConfig, with_ga_options
+from ..distributed.launches import check_shared_embeddings, launch_of
+from .mixin import LoRAGAMixin
 
 
 class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from .arguments import LoRAGAArguments
+from ..arguments import LoRAGAArguments
 
 
 def restart_is_due(config: LoRAGAArguments, steps_done: int, restarts_done: int) -> bool:

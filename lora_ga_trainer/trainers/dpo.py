@@ -4,8 +4,8 @@ from typing import Any
 
 from trl import DPOTrainer
 
-from .arguments import LoRAGADPOConfig
-from .trl_trainer import LoRAGATRLMixin
+from ..arguments import LoRAGADPOConfig
+from .trl import LoRAGATRLMixin
 
 
 class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
