@@ -10,8 +10,8 @@ from torch._meta_registrations import meta_mm
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ga_trainer import accumulator
 from lora_ga_trainer.factors import Scales, lora_ga_factors
+from lora_ga_trainer.gradient import accumulator
 from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch, in_two_parts
 
 O, I, RANK = 96, 128, 4

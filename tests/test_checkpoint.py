@@ -12,10 +12,9 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.checkpoint.adapter_files import portable_config
+from lora_ga_trainer.checkpoint.adapter_files import config_on_disk
 from lora_ga_trainer.checkpoint.state import read_state
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_sketch_size=10)
 NO_OFFSET = LoRAGAArguments(ga_sketch_size=10, ga_offset=False)
@@ -98,10 +97,10 @@ def test_the_file_holds_the_two_matrices_and_nothing_else(tmp_path):
     model, _ = trained()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     assert set(tensors) == {f"{name}.{half}.weight" for name in layers for half in ("lora_A", "lora_B")}
     for name, layer in layers.items():
-        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        A, B = layer.A, layer.B
         assert torch.equal(tensors[f"{name}.lora_A.weight"], torch.cat([A.frozen + A.trainable, A.trainable]))
         assert torch.equal(tensors[f"{name}.lora_B.weight"], torch.cat([B.trainable, B.frozen], dim=1))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -114,7 +113,7 @@ def test_adapters_whose_names_contain_its_own_stay_out_of_its_file(tmp_path):
         model.add_adapter(other, lora_config())
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
-        f"{name}.{half}.weight" for name in delta_layers(model, "default") for half in ("lora_A", "lora_B")
+        f"{name}.{half}.weight" for name in model.lora_ga.weights for half in ("lora_A", "lora_B")
     }
 
 
@@ -123,10 +122,10 @@ def test_without_the_offset_the_file_is_the_adapter_itself(tmp_path):
     model, base = trained(config=NO_OFFSET, rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 40})
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     assert set(tensors) == {f"{name}.{half}.weight" for name in layers for half in ("lora_A", "lora_B")}
     for name, layer in layers.items():
-        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        A, B = layer.A, layer.B
         assert torch.equal(tensors[f"{name}.lora_A.weight"], A.frozen + A.trainable)
         assert torch.equal(tensors[f"{name}.lora_B.weight"], B.weight)
         assert len(A.frozen) == (2 if name.endswith("k_proj") else 4) and A.frozen.any() and A.trainable.any()
@@ -162,8 +161,8 @@ def test_a_copied_model_saves_itself(tmp_path):
     model, base = trained()
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in delta_layers(other, "default").values():
-            layer.lora_B["default"].trainable.mul_(3)
+        for layer in other.lora_ga.weights.values():
+            layer.B.trainable.mul_(3)
     other.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert (logits(loaded) - logits(other)).abs().max() < LOGITS_TOLERANCE
@@ -243,9 +242,9 @@ def test_bf16_file_keeps_the_function_better_than_the_usual_conversion(tmp_path)
     errors = {}
     for form in ("ours", "usual"):
         rounded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-        for name, layer in delta_layers(model, "default").items():
+        for name, layer in model.lora_ga.weights.items():
             target = rounded.get_submodule(name)
-            A, B = layer.lora_A["default"], layer.lora_B["default"]
+            A, B = layer.A, layer.B
             a, b = A.frozen + A.trainable, B.frozen + B.trainable
             pair = (A.weight, B.weight) if form == "ours" else (torch.cat([a, A.frozen]), torch.cat([b, -B.frozen], 1))
             with torch.no_grad():
@@ -258,7 +257,7 @@ def test_bf16_file_keeps_the_function_better_than_the_usual_conversion(tmp_path)
 def test_portable_config_keeps_every_scaling():
     for use_rslora in (True, False):
         config = LoraConfig(r=6, lora_alpha=10, use_rslora=use_rslora, rank_pattern={"a": 3}, alpha_pattern={"b": 7})
-        portable = portable_config(config, 2)
+        portable = config_on_disk(config, 2)
 
         def scaling(alpha, rank, use_rslora=use_rslora):
             return alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -284,7 +283,7 @@ def test_the_halves_come_back_bit_for_bit(dtype, config, tmp_path):
     other.load_adapter(tmp_path, "default", is_trainable=True)
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert other.lora_ga == model.lora_ga
+    assert other.lora_ga.state == model.lora_ga.state
     assert {n for n, p in other.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
@@ -354,7 +353,7 @@ def test_the_batch_size_of_the_estimation_may_differ(tmp_path):
     trained()[0].save_pretrained(tmp_path)
     model = fresh(LoRAGAArguments(ga_sketch_size=10, ga_batch_size=3))
     model.load_adapter(tmp_path, "default")
-    assert model.lora_ga.report is not None
+    assert model.lora_ga.state.report is not None
 
 
 def test_a_deleted_adapter_is_not_saved(tmp_path):

@@ -14,10 +14,9 @@ from lora_ga_trainer.adapter.delta import (
     DeltaB,
     SumA,
     attach_delta_form,
-    check_targets,
-    lora_layers,
-    write_factors,
 )
+from lora_ga_trainer.adapter.targets import check_targets, lora_layers
+from lora_ga_trainer.adapter.weight import AdaptedWeight
 
 BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 
@@ -25,7 +24,8 @@ BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no
 def attached(family="llama", dtype=torch.float32, offset=True, **lora):
     model, base = peft_pair(family, dtype, **lora)
     layers = lora_layers(model, "default")
-    attach_delta_form(layers, "default", offset)
+    for layer in layers.values():
+        attach_delta_form(layer, "default", offset)
     return model, base, layers
 
 
@@ -36,7 +36,7 @@ def randomize(layers, trained=True, seed=0):
         # dA, dB: without the offset dB is the weight that PEFT made
         da, db = (next(iter(half["default"].parameters())) for half in (layer.lora_A, layer.lora_B))
         draw = lambda p: torch.randn(p.shape, generator=generator)  # noqa: E731
-        write_factors(layer, "default", draw(da), draw(db))
+        AdaptedWeight("", layer, "default").write_factors(draw(da), draw(db))
         if trained:
             with torch.no_grad():
                 da.copy_(0.1 * draw(da))
@@ -118,7 +118,8 @@ def test_without_the_offset_it_is_a_plain_lora(dtype, autocast):
 def test_only_the_differences_train_and_optimizers_keep_their_parameters(offset):
     model, _ = peft_pair()
     before = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
-    attach_delta_form(lora_layers(model, "default"), "default", offset)
+    for layer in lora_layers(model, "default").values():
+        attach_delta_form(layer, "default", offset)
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.replace(".trainable", ".weight") for name in after} == set(before)
     assert {id(p) for p in after.values()} == set(before.values())
@@ -169,7 +170,8 @@ def training_model(kind, dtype, **lora):
             parameter.data = parameter.data.float()
     layers = lora_layers(model, "default")
     if kind != "LoRA":
-        attach_delta_form(layers, "default", offset=kind == "offset")
+        for layer in layers.values():
+            attach_delta_form(layer, "default", offset=kind == "offset")
         randomize(layers)
     return model.train(), layers
 

@@ -10,11 +10,11 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
-from lora_ga_trainer.gradient.estimation import language_model_loss, make_accumulator
-from lora_ga_trainer.gradient.probe import preserved_rng
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.gradient.estimation import make_accumulator
+from lora_ga_trainer.gradient.objective import language_model_loss
+from lora_ga_trainer.gradient.restored import preserved_rng
+from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.trainers.data import draw_examples
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
@@ -105,10 +105,10 @@ def test_a_layers_sums_are_on_its_own_device(estimator):
     """torch's device without memory stands in for a second one: it refuses nothing, but everything made there says so."""
     model, _ = peft_pair()
     config = LoRAGAArguments(ga_estimator=estimator, ga_sketch_size=10)
-    layers = delta_layers(model, attach_lora_ga(model, config))
-    name, layer = next((name, layer) for name, layer in layers.items() if name.endswith("gate_proj"))
-    layer.to("meta")
-    accumulator = make_accumulator(name, layer, "default", config)
+    weights = attach_lora_ga(model, config).weights
+    weight = next(weight for name, weight in weights.items() if name.endswith("gate_proj"))
+    weight.layer.to("meta")
+    accumulator = make_accumulator(weight, config)
     assert isinstance(accumulator, GradientSketch if estimator == "sketch" else ExactGradient)
     for _ in range(accumulator.passes):
         accumulator.add(torch.ones(5, 48, device="meta"), torch.ones(5, 80, device="meta"))
@@ -120,8 +120,8 @@ def test_a_layers_sums_are_on_its_own_device(estimator):
 def test_a_sketchs_bases_are_as_exact_as_the_model(dtype):
     model, _ = peft_pair(dtype=dtype)
     config = LoRAGAArguments(ga_sketch_size=10)
-    for name, layer in delta_layers(model, attach_lora_ga(model, config)).items():
-        accumulator = make_accumulator(name, layer, "default", config)
+    for layer in attach_lora_ga(model, config).weights.values():
+        accumulator = make_accumulator(layer, config)
         if isinstance(accumulator, GradientSketch):
             expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
             assert accumulator.left_OK.dtype == accumulator.right_IK.dtype == expected
@@ -161,7 +161,7 @@ def loss_under_autocast(dtype, factor=1.0):
 def test_logits_at_init(dtype, autocast):
     model, base = peft_pair(dtype=dtype)
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), loss_under_autocast(autocast), disable_tqdm=True)
-    assert all(layer.lora_B["default"].frozen.any() for layer in delta_layers(model, "default").values())
+    assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     with under_autocast(autocast):
         assert torch.equal(logits(model), logits(base))
 

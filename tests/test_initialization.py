@@ -11,10 +11,10 @@ from tiny import CONFIGS, lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.gradient.accumulator import GradientSketch
-from lora_ga_trainer.gradient.estimation import estimate_gradients, language_model_loss, make_accumulator, whole_list
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator, whole_list
+from lora_ga_trainer.gradient.objective import Objective, language_model_loss
+from lora_ga_trainer.initialization import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 
@@ -32,10 +32,10 @@ def step_directions(model):
     """B0 B0ᵀ and A0ᵀ A0 per layer: what the factors are, whatever the signs of the singular pairs."""
     return {
         name: (
-            layer.lora_B["default"].frozen.double() @ layer.lora_B["default"].frozen.double().T,
-            layer.lora_A["default"].frozen.double().T @ layer.lora_A["default"].frozen.double(),
+            layer.B.frozen.double() @ layer.B.frozen.double().T,
+            layer.A.frozen.double().T @ layer.A.frozen.double(),
         )
-        for name, layer in delta_layers(model, "default").items()
+        for name, layer in model.lora_ga.weights.items()
     }
 
 
@@ -57,9 +57,9 @@ def test_logits_stay_the_base_models_bit_for_bit(family, dtype, checkpointing):
     inputs = tiny_batches(seed=9)[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
-    for name, layer in delta_layers(model, "default").items():
-        assert layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any(), name
-        assert torch.isfinite(layer.lora_A["default"].frozen).all()
+    for name, layer in model.lora_ga.weights.items():
+        assert layer.A.frozen.any() and layer.B.frozen.any(), name
+        assert torch.isfinite(layer.A.frozen).all()
     reference = dict(base.named_parameters())
     for name, parameter in model.get_base_model().named_parameters():
         if "lora_" not in name:
@@ -75,7 +75,7 @@ def test_factors_are_the_papers_on_autograds_gradient(family, direction, scale):
     batches = tiny_batches((4, 4, 4, 4))
     config = LoRAGAArguments(ga_estimator="exact", ga_direction=direction, ga_scale=scale, ga_gamma=9.0)
     initialize_lora_ga(model, batches, config, disable_tqdm=True)
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
         module = base.get_submodule(name.removeprefix("base_model.model."))
         weight_OI = module.weight if isinstance(module, nn.Linear) else module.weight.T
@@ -83,7 +83,7 @@ def test_factors_are_the_papers_on_autograds_gradient(family, direction, scale):
             scale, out_features=grad_OI.shape[0], rank=4, scaling=16 / 4**0.5, gamma=9.0, weight_OI=weight_OI.detach()
         )
         a_RI, b_OR = dense_reference.factors(grad_OI, 4, direction, c)
-        A, B = (getattr(layers[name], half)["default"].frozen.double() for half in ("lora_A", "lora_B"))
+        A, B = layers[name].A.frozen.double(), layers[name].B.frozen.double()
         for found, reference in ((A, a_RI), (B.T, b_OR.T)):
             signs = torch.sign((found * reference).sum(dim=1, keepdim=True))
             # float32 gradients: singular vectors turn by the error (1e-7) over the gap between singular values, which
@@ -99,10 +99,10 @@ def test_without_the_offset_a0_is_the_same_and_the_alignment_is_its_own():
     report = initialize_lora_ga(model, batches, config, disable_tqdm=True)
     with_offset, _ = peft_pair()
     initialize_lora_ga(with_offset, batches, EXACT, disable_tqdm=True)
-    layers, others = delta_layers(model, "default"), delta_layers(with_offset, "default")
+    layers, others = model.lora_ga.weights, with_offset.lora_ga.weights
     for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
-        a_RI, b_OR = layers[name].lora_A["default"].frozen, layers[name].lora_B["default"].weight
-        assert torch.equal(a_RI, others[name].lora_A["default"].frozen) and not b_OR.any()
+        a_RI, b_OR = layers[name].A.frozen, layers[name].B.weight
+        assert torch.equal(a_RI, others[name].A.frozen) and not b_OR.any()
         # float32, and squared norms summed over singular values instead of entries
         assert report.alignment[name] == pytest.approx(dense_reference.alignment(grad_OI, a_RI, b_OR), rel=1e-4)
 
@@ -126,9 +126,11 @@ def test_fp16_gradients_do_not_underflow():
 
     def gradients(num_items):
         model, _ = peft_pair(dtype=torch.float16)
-        layers = delta_layers(model, attach_lora_ga(model, EXACT))
-        accumulators = {name: make_accumulator(name, layer, "default", EXACT) for name, layer in layers.items()}
-        estimate_gradients(model, layers, accumulators, tiny_batches(), language_model_loss, num_items)
+        adapter = attach_lora_ga(model, EXACT)
+        accumulators = {name: make_accumulator(weight, EXACT) for name, weight in adapter.weights.items()}
+        objective = Objective(model, tiny_batches())
+        objective.num_items = num_items
+        estimate_gradients(adapter, accumulators, objective)
         return {name: accumulator.grad_OI * num_items for name, accumulator in accumulators.items()}
 
     few, many = gradients(100), gradients(10**8)
@@ -177,9 +179,9 @@ def test_report_names_the_least_aligned_layer():
     model, base = peft_pair()
     batches = tiny_batches()
     report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
-        A, B = (getattr(layers[name], half)["default"].frozen for half in ("lora_A", "lora_B"))
+        A, B = layers[name].A.frozen, layers[name].B.frozen
         assert report.alignment[name] == pytest.approx(dense_reference.alignment(grad_OI, A, B), rel=1e-4)  # float32
     assert report.alignment[report.alignment_min_layer] == min(report.alignment.values()) == report.alignment_min
     assert report.num_items == sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
@@ -202,7 +204,7 @@ def test_an_adapter_of_another_name():
     base = tiny_model()
     model = get_peft_model(base, lora_config(), adapter_name="maths")
     initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
-    assert delta_layers(model, "maths")
+    assert model.lora_ga.weights
 
 
 def test_a_shuffling_data_loader_leaves_the_random_state_alone():
@@ -335,7 +337,7 @@ def test_after_a_failure_it_can_be_tried_again_with_other_options():
     with torch.no_grad():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_gamma=64.0), disable_tqdm=True)
-    assert model.lora_ga.options["ga_gamma"] == 64.0 and model.lora_ga.report is not None
+    assert model.lora_ga.state.options["ga_gamma"] == 64.0 and model.lora_ga.state.report is not None
 
 
 def test_attached_in_the_other_form():

@@ -1,5 +1,6 @@
 """`LoRAGAMixin` over `Trainer`, `LoRAGARewardTrainer`, `LoRAGADPOTrainer`: `LoRAGASFTTrainer`'s invariants hold there too."""
 
+import inspect
 import warnings
 from typing import ClassVar
 
@@ -41,19 +42,21 @@ from transformers import (
     BertForMultipleChoice,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    Seq2SeqTrainer,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     WhisperConfig,
     WhisperForAudioClassification,
 )
-from trl import DPOTrainer
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from lora_ga_trainer import (
     LoRAGAArguments,
     LoRAGADPOConfig,
     LoRAGADPOTrainer,
     LoRAGAMixin,
+    LoRAGARewardTrainer,
     LoRAGASeq2SeqConfig,
     LoRAGASeq2SeqTrainer,
     LoRAGASFTConfig,
@@ -61,9 +64,9 @@ from lora_ga_trainer import (
     LoRAGATrainingArguments,
     initialize_lora_ga,
 )
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.gradient.estimation import items_in
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.adapter.targets import lora_layers
+from lora_ga_trainer.gradient.objective import items_in
+from lora_ga_trainer.initialization import attach_lora_ga
 
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
 
@@ -100,7 +103,7 @@ def autograds(kind, policy, reference, trainer):
         for loss in example_losses(kind, policy, reference, batch)
     ]
     assert len(losses) == trainer.args.ga_num_samples
-    names = delta_layers(trainer.model, "default")
+    names = trainer.model.lora_ga.weights
     weights = {name: (policy.get_submodule(name.removeprefix("base_model.model.")).weight, False) for name in names}
     return dense_reference.weight_gradient(weights, [loss / len(losses) for loss in losses])
 
@@ -116,7 +119,7 @@ def everything_a_probe_may_touch(model):
     return (
         {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()},
         {name: module.training for name, module in model.named_modules()},
-        {name: layer.disable_adapters for name, layer in delta_layers(model, "default").items()},
+        {name: layer.disable_adapters for name, layer in lora_layers(model, "default").items()},
         torch.get_rng_state().tolist(),
     )
 
@@ -157,7 +160,7 @@ def test_a_restart_takes_the_gradient_where_training_has_come(make, variant, tmp
     trainer.save_model()
     policy = PeftModel.from_pretrained(base_of(kind), tmp_path / "run").merge_and_unload().eval().requires_grad_(True)
     before = everything_a_probe_may_touch(trainer.model)
-    found = estimated_gradients(trainer, adapter_is_zero=False)
+    found = estimated_gradients(trainer)
     assert everything_a_probe_may_touch(trainer.model) == before
     # the policy has one rounding more, that of merging
     assert_same_gradients(found, autograds(kind, policy, base_of(kind).eval(), trainer), 1e-4)
@@ -211,7 +214,7 @@ def test_a_restart_leaves_the_metrics_to_their_steps(make, kind):
         trainer.train()
         logged.append(entries(trainer))
     assert logged[0] == logged[1] and len(trainer.state.log_history) == 3  # two of the training, one of its end
-    found = trainer.model.lora_ga.restarts  # before the steps 3, 5 and 7: of two between logs the later
+    found = trainer.model.lora_ga.state.restarts  # before the steps 3, 5 and 7: of two between logs the later
     for entry, report in zip(trainer.state.log_history, (found[0], found[2]), strict=False):
         assert report.metrics().items() <= entry.items()
 
@@ -294,11 +297,11 @@ def test_the_reference_of_an_edited_base_is_another_model(make, true_reference):
     batch, expected = true_reference
     pissa = make("dpo", stock=True, lora=adapter_of("dpo", init_lora_weights="pissa"))
     trainer = make("dpo")
-    trainer.initialize_lora_ga()
-    for layer in delta_layers(trainer.model, "default").values():
-        a0, b0 = layer.lora_A["default"].frozen, layer.lora_B["default"].frozen
+    trainer.initialize_adapter()
+    for weight in trainer.model.lora_ga.weights.values():
+        a0, b0 = weight.A.frozen, weight.B.frozen
         with torch.no_grad():
-            layer.get_base_layer().weight.sub_(layer.scaling["default"] * b0 @ a0)
+            weight.layer.get_base_layer().weight.sub_(weight.scaling * b0 @ a0)
     for edited in (pissa, trainer):
         # log-probabilities of some 5 tokens, about −20; rounding is under 1e-4
         assert (reference_log_probabilities(edited, batch) - expected).abs().max() > 0.1
@@ -341,7 +344,7 @@ def test_no_peft_config_means_the_papers(kind, tmp_path):
     trainer = trainer_class(base_of(kind), args=args, train_dataset=rows_of(kind), processing_class=word_tokenizer())
     config = trainer.model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16, True)
-    assert trainer.args.ga_num_samples == 64 and len(delta_layers(trainer.model, "default")) == 14
+    assert trainer.args.ga_num_samples == 64 and len(trainer.model.lora_ga.weights) == 14
     heads = [name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in name]
     assert heads == ([] if kind == "dpo" else ["base_model.model.score.modules_to_save.default.weight"])
 
@@ -725,3 +728,24 @@ def test_what_reward_and_dpo_refuse(kind, options, message, tmp_path):
     arguments = {"args": args, "train_dataset": rows_of(kind), "processing_class": word_tokenizer()} | options
     with pytest.raises(ValueError, match=message):
         trainer_class(base_of(kind), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "more"),
+    [
+        (LoRAGASFTTrainer, SFTTrainer, []),
+        (LoRAGADPOTrainer, DPOTrainer, []),
+        (LoRAGARewardTrainer, RewardTrainer, []),
+        (LoRAGASeq2SeqTrainer, Seq2SeqTrainer, ["peft_config"]),
+    ],
+)
+def test_a_trainer_shows_the_arguments_of_the_one_it_replaces(ours, theirs, more):
+    """By name, in its order and with its defaults, as an editor and `inspect.signature` show them."""
+    found, expected = (dict(inspect.signature(trainer).parameters) for trainer in (ours, theirs))
+    if ours is not LoRAGASeq2SeqTrainer and "quantization_config" not in expected:  # TRL 1.0
+        del found["quantization_config"]
+    assert list(found) == [*expected, *more]
+    for name, parameter in expected.items():
+        assert found[name].kind == parameter.kind
+        # the model of a seq2seq trainer cannot be left out, since `model_init` is refused
+        assert found[name].default == parameter.default or (ours is LoRAGASeq2SeqTrainer and name == "model")

@@ -14,20 +14,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_ga_trainer import LoRAGAArguments
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
-from lora_ga_trainer.gradient.probe import gradient_probe, noise_free_training_mode
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator
+from lora_ga_trainer.gradient.objective import Objective, language_model_loss
+from lora_ga_trainer.gradient.probe import gradient_probe
+from lora_ga_trainer.gradient.restored import noise_free_training_mode
+from lora_ga_trainer.initialization import attach_lora_ga
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 
 
 def estimated_gradients(model, batches, config=EXACT, compute_loss=language_model_loss):
-    adapter_name = attach_lora_ga(model, config)
-    layers = delta_layers(model, adapter_name)
-    accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-    num_items = count_items(model, batches)
-    estimate_gradients(model, layers, accumulators, batches, compute_loss, num_items)
+    adapter = attach_lora_ga(model, config)
+    accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
+    estimate_gradients(adapter, accumulators, Objective(model, batches, compute_loss))
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
 
@@ -250,7 +249,8 @@ def test_probe_keeps_one_tensor_per_layer_and_none_under_checkpointing():
     for how in ("none", "non-reentrant"):
         model, _ = peft_pair()
         checkpointed(model, how)
-        layers = delta_layers(model, attach_lora_ga(model, EXACT))
+        adapter = attach_lora_ga(model, EXACT)
+        layers = {name: weight.layer for name, weight in adapter.weights.items()}
         inputs, packed = set(), []
 
         def pack(tensor, inputs=inputs, packed=packed):
@@ -262,7 +262,7 @@ def test_probe_keeps_one_tensor_per_layer_and_none_under_checkpointing():
             for layer in layers.values()
         ]
         with (
-            gradient_probe(model, layers, {name: lambda x, dy: None for name in layers}, adapter_is_zero=True),
+            gradient_probe(adapter, {name: lambda x, dy: None for name in layers}),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             model(**{k: v for k, v in tiny_batches()[0].items() if k != "labels"})

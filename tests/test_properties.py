@@ -18,7 +18,9 @@ from tiny import lora_config, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import attach_delta_form, lora_layers, write_factors
+from lora_ga_trainer.adapter.delta import attach_delta_form
+from lora_ga_trainer.adapter.targets import lora_layers
+from lora_ga_trainer.adapter.weight import AdaptedWeight
 from lora_ga_trainer.checkpoint.layouts import LAYOUTS
 from lora_ga_trainer.factors import Scales, SingularTriplets, alignment, lora_ga_factors, scale_factors
 from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
@@ -235,10 +237,10 @@ def test_at_the_start_nothing_is_added(layer, seed, dtype, bias, offset, alpha, 
     base = OneLayer(O, I, bias).to(dtype)
     config = LoraConfig(r=R, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["layer"])
     model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-    attach_delta_form(lora_layers(model, "default"), "default", offset)
     (adapted,) = lora_layers(model, "default").values()
+    attach_delta_form(adapted, "default", offset)
     factors = (torch.randn(R, I, generator=generator(seed)), torch.randn(O, R, generator=generator(seed + 1)))
-    write_factors(adapted, "default", *(10**magnitude * factor for factor in factors))
+    AdaptedWeight("layer", adapted, "default").write_factors(*(10**magnitude * factor for factor in factors))
     x = torch.randn(tokens, I, generator=generator(seed + 2)).to(dtype)
     with torch.no_grad():
         assert torch.equal(model(x), base(x))
@@ -261,23 +263,23 @@ def any_bits(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> torch.Ten
 def test_what_is_saved_comes_back_to_the_bit(layer, seed, dtype, restarts, offset):
     O, I, R = layer
     layout, prefix = LAYOUTS[offset], "base_model.model.layer."
-    native = {f"{prefix}lora_A.trainable": (R, I), f"{prefix}lora_A.frozen": (R, I)}
+    in_memory = {f"{prefix}lora_A.trainable": (R, I), f"{prefix}lora_A.frozen": (R, I)}
     if offset:
-        native |= {f"{prefix}lora_B.trainable": (O, R), f"{prefix}lora_B.frozen": (O, R)}
+        in_memory |= {f"{prefix}lora_B.trainable": (O, R), f"{prefix}lora_B.frozen": (O, R)}
         if restarts:
             rows = 2 * R * restarts
-            native |= {f"{prefix}lora_A.history": (rows, I), f"{prefix}lora_B.history": (O, rows)}
+            in_memory |= {f"{prefix}lora_A.history": (rows, I), f"{prefix}lora_B.history": (O, rows)}
     else:
-        native[f"{prefix}lora_B.weight"] = (O, R)
-    native["base_model.model.head.weight"] = (3, 2)  # a module that is saved whole
-    native = {name: any_bits(shape, dtype, seed + n) for n, (name, shape) in enumerate(native.items())}
-    portable, kept = layout.join(native), layout.keep(native)
-    assert {name.rpartition(".")[2] for name in portable} == {"weight"}
-    assert portable[f"{prefix}lora_A.weight"].shape == (layout.times * R * ((restarts if offset else 0) + 1), I)
-    found = {name: value for name, value in layout.split(portable, kept).items() if value is not None}
-    assert found.keys() == native.keys()
+        in_memory[f"{prefix}lora_B.weight"] = (O, R)
+    in_memory["base_model.model.head.weight"] = (3, 2)  # a module that is saved whole
+    in_memory = {name: any_bits(shape, dtype, seed + n) for n, (name, shape) in enumerate(in_memory.items())}
+    on_disk, resume_only = layout.join(in_memory), layout.keep(in_memory)
+    assert {name.rpartition(".")[2] for name in on_disk} == {"weight"}
+    assert on_disk[f"{prefix}lora_A.weight"].shape == (layout.times * R * ((restarts if offset else 0) + 1), I)
+    found = {name: value for name, value in layout.split(on_disk, resume_only).items() if value is not None}
+    assert found.keys() == in_memory.keys()
     integers = torch.int32 if dtype == torch.float32 else torch.int16
-    for name, value in native.items():
+    for name, value in in_memory.items():
         assert torch.equal(found[name].view(integers), value.view(integers)), name
 
 

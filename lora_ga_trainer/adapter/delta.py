@@ -26,10 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
-from ..distributed.backends import compute_device, full_tensor, is_sharded, write_parameter
 from .joined_weight import joined_weight
 from .product import join_a, join_b, multiply_a, multiply_b
 
@@ -129,58 +127,21 @@ class SumA(DeltaHalf):
         return F.linear(x, self.join(self.trainable, self.frozen))
 
 
-def delta_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The PEFT layers of `model` whose adapter `adapter_name` is in delta form, by module name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and adapter_name in module.lora_A
-        and isinstance(module.lora_A[adapter_name], DeltaHalf)
-    }
-
-
-def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The PEFT layers of `model` that `adapter_name` targets, of whatever kind, by module name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
-    }
-
-
-def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Refuse layers that cannot take the delta form.
-
-    Raises:
-        ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
-    """
-    if not layers:
-        raise ValueError(
-            f"The adapter {adapter_name!r} targets no layer. LoRA-GA needs LoRA layers to initialize: set "
-            '`LoraConfig(target_modules=...)`, for example "all-linear".'
-        )
-    for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name)
-
-
-def attach_delta_form(layers: dict[str, LoraLayer], adapter_name: str, offset: bool = True) -> None:
-    """Bring the adapter `adapter_name` of `layers` into delta form, in place. The model still computes the base function.
+def attach_delta_form(layer: LoraLayer, adapter_name: str, offset: bool = True) -> None:
+    """Bring the adapter `adapter_name` of `layer` into delta form, in place. The model still computes the base function.
 
     Do this before `accelerator.prepare` and before anything is trained, on layers that `check_targets` has passed: A's
     random values are dropped. Without the `offset` B stays as PEFT made it, zero.
     """
-    for layer in layers.values():
-        lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        if offset:
-            layer.lora_A[adapter_name] = DeltaA(lora_A.weight)
-            layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
-        else:
-            layer.lora_A[adapter_name] = SumA(lora_A.weight)
-        layer.set_adapter = MethodType(_set_adapter, layer)
-        layer.set_requires_grad = MethodType(_set_requires_grad, layer)
-        layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
+    lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if offset:
+        layer.lora_A[adapter_name] = DeltaA(lora_A.weight)
+        layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+    else:
+        layer.lora_A[adapter_name] = SumA(lora_A.weight)
+    layer.set_adapter = MethodType(_set_adapter, layer)
+    layer.set_requires_grad = MethodType(_set_requires_grad, layer)
+    layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
 
 
 def _cast_input_dtype(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,82 +175,3 @@ def _freeze_initial_factors(layer: LoraLayer) -> None:
     for half in (*layer.lora_A.values(), *layer.lora_B.values()):
         if isinstance(half, DeltaHalf):
             half.frozen.requires_grad_(False)
-
-
-def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether the adapter stands beside y = W x. For embeddings and convolutions PEFT makes no `nn.Linear` as A; torch's own
-    attention module gets one, but runs on the sum of its weight and the adapter's, as one of several products."""
-    has_linear_A = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
-    return has_linear_A and not isinstance(layer, MultiheadAttention)
-
-
-def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
-    if not _is_linear(layer, adapter_name):
-        raise ValueError(
-            f"LoRA-GA cannot initialize {name} ({type(layer).__name__}): it needs the gradient of a weight that "
-            "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
-            "`exclude_modules`; `modules_to_save` trains it fully."
-        )
-    if is_sharded(layer.lora_A[adapter_name].weight):
-        raise ValueError(
-            f"The adapter {adapter_name!r} of {name} is sharded already, so LoRA-GA's own parameters would come too late. Call "
-            "`attach_lora_ga(model, config)` before `deepspeed.initialize`, `fully_shard` or `accelerator.prepare`, and "
-            "`initialize_lora_ga` after it."
-        )
-    if layer.lora_A[adapter_name].weight.is_meta:
-        raise ValueError(
-            f"The adapter {adapter_name!r} of {name} has no memory, because the layer's weight is offloaded to the CPU or to "
-            "disk by its `device_map`, and PEFT cannot train an adapter there. Load the model with a `device_map` that keeps "
-            "the target layers on devices, quantize it, or offload with DeepSpeed (accelerate_configs/zero3_offload.yaml)."
-        )
-    rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
-    if rank > largest:
-        leaf = name.split(".")[-1]
-        smaller = f"Lower `r`, or set `rank_pattern={{{leaf!r}: {largest}}}` for this layer, or exclude it"
-        raise ValueError(
-            f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
-            f"singular vectors of its gradient, so r can be {largest} at most. "
-            f"{smaller if largest else 'Exclude it'}: `exclude_modules=[{leaf!r}]`."
-        )
-    if not layer.lora_B[adapter_name].weight.requires_grad:
-        raise ValueError(
-            f"The adapter {adapter_name!r} of {name} is not trainable. Make it so with `LoraConfig(inference_mode=False)`, or "
-            "load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
-        )
-    if layer.lora_B[adapter_name].weight.any():
-        raise ValueError(
-            f"The adapter {adapter_name!r} has already been trained: B of {name} is not zero, and LoRA-GA would discard "
-            "it. Start from a fresh adapter (pass the base model and a `peft_config`), or merge this one first "
-            "(`model = model.merge_and_unload()`)."
-        )
-
-
-def write_factors(layer: LoraLayer, adapter_name: str, a_RI: Tensor, b_OR: Tensor) -> None:
-    """Put A0 (R×I) and B0 (O×R) into their frozen halves, cast to the adapter's dtype: the only write of the init.
-
-    Without the offset B0 is zero and has no place of its own.
-    """
-    for half, factor in ((layer.lora_A[adapter_name], a_RI), (layer.lora_B[adapter_name], b_OR)):
-        if isinstance(half, DeltaHalf):
-            write_parameter(half.frozen, factor)
-
-
-def offset_halves(model: nn.Module, adapter_name: str) -> dict[str, OffsetHalf]:
-    """Both halves of every layer, by module name: what a restart freezes. None without the offset."""
-    halves = {
-        f"{name}.{matrix}.{adapter_name}": getattr(layer, matrix)[adapter_name]
-        for name, layer in delta_layers(model, adapter_name).items()
-        for matrix in ("lora_A", "lora_B")
-    }
-    return {name: half for name, half in halves.items() if isinstance(half, OffsetHalf)}
-
-
-def freeze_trained(layer: LoraLayer, adapter_name: str) -> None:
-    """Move what `layer` has learned into its history; dA and dB are zero again, and the function is the same.
-
-    Every process has to call it. A0 and B0 stay until `write_factors` replaces them: with zero differences they add nothing.
-    """
-    for half in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-        trainable, frozen = full_tensor(half.trainable), full_tensor(half.frozen)
-        half.history = half.join(trainable, frozen, half.history).to(compute_device(half.trainable))
-        write_parameter(half.trainable, torch.zeros_like(trainable))

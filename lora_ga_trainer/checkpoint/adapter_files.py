@@ -27,52 +27,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..adapter.delta import delta_layers, offset_halves
+from ..adapter.adapter import LoRAGAAdapter
+from ..adapter.state import LoRAGAState
 from ..compatibility import without_other_adapters
 from ..distributed.backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
-from .state import LoRAGAState, check_same_run, write_state
+from .state import check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.safetensors"
 
 
-def layout_of(peft_model: PeftModel) -> Layout:
-    return LAYOUTS[peft_model.lora_ga.options["ga_offset"]]
+def layout_of(adapter: LoRAGAAdapter) -> Layout:
+    return LAYOUTS[adapter.state.options["ga_offset"]]
 
 
-def portable_config(lora_config: LoraConfig, times: int) -> LoraConfig:
+def config_on_disk(lora_config: LoraConfig, times: int) -> LoraConfig:
     """The `LoraConfig` of the saved file: rank n·R with n = `times`, the same scaling s.
 
     s = α/√r with rsLoRA and α/r without, so n times r takes α·√n and α·n.
     """
-    portable = copy.deepcopy(lora_config)
+    on_disk = copy.deepcopy(lora_config)
     if times == 1:  # α stays the whole number that it may be
-        return portable
+        return on_disk
     factor = math.sqrt(times) if lora_config.use_rslora else times
-    portable.r *= times
-    portable.lora_alpha *= factor
-    portable.rank_pattern = {name: times * rank for name, rank in portable.rank_pattern.items()}
-    portable.alpha_pattern = {name: factor * alpha for name, alpha in portable.alpha_pattern.items()}
-    return portable
+    on_disk.r *= times
+    on_disk.lora_alpha *= factor
+    on_disk.rank_pattern = {name: times * rank for name, rank in on_disk.rank_pattern.items()}
+    on_disk.alpha_pattern = {name: factor * alpha for name, alpha in on_disk.alpha_pattern.items()}
+    return on_disk
 
 
-def rank_in_memory(state: LoRAGAState) -> int:
+def rank_in_memory(adapter: LoRAGAAdapter) -> int:
     """The rank that the layers of the adapter present, and its file has, as a multiple of R."""
-    return LAYOUTS[state.options["ga_offset"]].times * (len(state.restarts) + 1)
+    return layout_of(adapter).times * (len(adapter.state.restarts) + 1)
 
 
 @contextmanager
-def config_as_in_file(peft_model: PeftModel) -> Iterator[LoraConfig]:
+def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
     """While inside, the adapter's `LoraConfig` is that of its file, whose matrices are those that its layers present."""
-    state = peft_model.lora_ga
-    trained = peft_model.peft_config[state.adapter_name]
-    presented = portable_config(trained, rank_in_memory(state))
+    trained = adapter.lora_config
+    presented = config_on_disk(trained, rank_in_memory(adapter))
     try:
-        peft_model.peft_config[state.adapter_name] = presented
+        adapter.model.peft_config[adapter.name] = presented
         yield presented
     finally:
-        peft_model.peft_config[state.adapter_name] = trained
+        adapter.model.peft_config[adapter.name] = trained
 
 
 def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
@@ -104,11 +104,11 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
         peft_model,
         without_other_adapters(stand_ins(tensors), peft_model, adapter_name),
         adapter_name=adapter_name,
-        save_embedding_layers=peft_model.lora_ga.has_embeddings,
+        save_embedding_layers=peft_model.lora_ga.state.has_embeddings,
     )
     all_tensors = list(tensors.values())
     found = {name: all_tensors[int(stand_in)] for name, stand_in in chosen.items()}
-    if delta_layers(peft_model, adapter_name) and not any(".lora_A." in name for name in found):
+    if adapter_name == peft_model.lora_ga.name and not any(".lora_A." in name for name in found):
         raise ValueError(
             f"PEFT finds no matrix of the adapter {adapter_name!r} under the names of the model's layers: something has "
             "wrapped them and renamed them since, such as torch's `checkpoint_wrapper`. Leave it out, and checkpoint "
@@ -132,14 +132,15 @@ def adapter_state_dict(peft_model: PeftModel, keep: bool = True) -> dict[str, Te
     return whole
 
 
-def make_portable(peft_model: PeftModel, state: LoRAGAState) -> None:
-    """Have `peft_model.save_pretrained` and `load_adapter` write and read the files above; `Trainer` calls them too. The model
-    card that is written with them tells of LoRA-GA.
+def bind_files(adapter: LoRAGAAdapter) -> None:
+    """Have `save_pretrained` and `load_adapter` of the adapter's model write and read the files above; `Trainer` calls them
+    too. The model card that is written with them tells of LoRA-GA.
 
     Bound to the instance, because PEFT offers no hook for an adapter's own file form, and its `load_adapter` drops keys
     that it does not know without a word.
     """
-    peft_model.lora_ga = state
+    peft_model = adapter.model
+    peft_model.lora_ga = adapter
     peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
     peft_model.load_adapter = MethodType(load_adapter, peft_model)
     peft_model.create_or_update_model_card = MethodType(create_or_update_model_card, peft_model)
@@ -177,34 +178,34 @@ def save_pretrained(
         safe_serialization,
         **kwargs,
     )
-    state = peft_model.lora_ga
+    adapter, state = peft_model.lora_ga, peft_model.lora_ga.state
     selected_adapters = selected_adapters or list(peft_model.peft_config)
-    if state.adapter_name not in selected_adapters:  # left out, or deleted since
+    if adapter.is_deleted or adapter.name not in selected_adapters:
         stock_save(selected_adapters=selected_adapters, state_dict=state_dict, is_main_process=is_main_process)
         return
-    if state.report is None:
+    if not adapter.is_initialized:
         raise ValueError(
-            f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so saving it would write zeros. "
+            f"The adapter {adapter.name!r} has not been initialized by LoRA-GA yet, so saving it would write zeros. "
             "Call `trainer.train()` or `initialize_lora_ga(...)` first."
         )
-    native = adapter_state_dict(peft_model, keep=is_main_process) if state_dict is None else state_dict
+    in_memory = adapter_state_dict(peft_model, keep=is_main_process) if state_dict is None else state_dict
     if not is_main_process:
         return
-    native = native | histories(peft_model)
-    layout = layout_of(peft_model)
-    joined = layout.join(native)
+    in_memory = in_memory | histories(adapter)
+    layout = layout_of(adapter)
+    joined = layout.join(in_memory)
     # what was decided when the adapter was attached: PEFT would ask the hub again at every save
     options = {"save_embedding_layers": state.has_embeddings} | kwargs
-    with config_as_in_file(peft_model):
+    with config_as_in_file(adapter):
         for name in selected_adapters:
             tensors = without_other_adapters(joined, peft_model, name)
             stock_save(selected_adapters=[name], state_dict=tensors, **options)
-    directory = adapter_directory(save_directory, state.adapter_name)
-    kept = layout.keep(without_adapter_name(native, state.adapter_name))
+    directory = adapter_directory(save_directory, adapter.name)
+    resume_only = layout.keep(without_adapter_name(in_memory, adapter.name))
     # as PEFT does in its own file: of a layer that is in several places of the model only the first name
-    names = layout.keep(adapter_parameters(peft_model, state.adapter_name))
-    kept = {name: kept[name].contiguous() for name in names}
-    save_file(kept, directory / FROZEN_FILE, metadata={"format": "pt"})
+    names = layout.keep(adapter_parameters(peft_model, adapter.name))
+    resume_only = {name: resume_only[name].contiguous() for name in names}
+    save_file(resume_only, directory / FROZEN_FILE, metadata={"format": "pt"})
     write_state(directory, state)
 
 
@@ -227,50 +228,48 @@ def load_adapter(
     Raises:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
     """
-    if adapter_name != peft_model.lora_ga.adapter_name:
+    adapter = peft_model.lora_ga
+    if adapter_name != adapter.name:
         return type(peft_model).load_adapter(peft_model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
     directory = Path(model_id)
-    saved = check_adapter(peft_model, directory)
-    portable, kept = load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE)
-    values = layout_of(peft_model).split(portable, kept)
+    saved = check_adapter(adapter, directory)
+    on_disk, resume_only = load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE)
+    values = layout_of(adapter).split(on_disk, resume_only)
     for name, parameter in adapter_parameters(peft_model, adapter_name).items():
         write_parameter(parameter, values[name])
-    for name, half in offset_halves(peft_model, adapter_name).items():
+    for name, half in adapter.halves.items():
         history = values[f"{name.removesuffix(f'.{adapter_name}')}.history"]
         half.history = None if history is None else history.to(compute_device(half.trainable))
-    peft_model.lora_ga.report, peft_model.lora_ga.restarts = saved.report, saved.restarts
+    adapter.state.report, adapter.state.restarts = saved.report, saved.restarts
     if not is_trainable:  # as PEFT does
         peft_model.eval()
 
 
-def check_adapter(peft_model: PeftModel, directory: Path) -> LoRAGAState:
-    """The state saved in `directory`, if the files there hold just the adapter of `peft_model`, made with its settings.
+def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
+    """The state saved in `directory`, if the files there hold just the `adapter`, made with its settings.
 
     Raises:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
     """
-    saved = check_same_run(peft_model.lora_ga, directory)
-    adapter_name = peft_model.lora_ga.adapter_name
-    native = {
+    saved = check_same_run(adapter.state, directory)
+    in_memory = {
         name: torch.empty(full_shape(parameter), dtype=torch.float32, device="meta")
-        for name, parameter in adapter_parameters(peft_model, adapter_name).items()
+        for name, parameter in adapter_parameters(adapter.model, adapter.name).items()
     }
-    layout = layout_of(peft_model)
-    kept = {name: list(value.shape) for name, value in layout.keep(native).items()}
-    portable = {name: list(value.shape) for name, value in layout.join(native).items()}
-    for name, shape in portable.items():
+    layout = layout_of(adapter)
+    resume_only = {name: list(value.shape) for name, value in layout.keep(in_memory).items()}
+    on_disk = {name: list(value.shape) for name, value in layout.join(in_memory).items()}
+    for name, shape in on_disk.items():
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             shape[1 if ".lora_B." in name else 0] *= len(saved.restarts) + 1
-    check_tensors(directory / FROZEN_FILE, kept)
-    check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, portable)
+    check_tensors(directory / FROZEN_FILE, resume_only)
+    check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, on_disk)
     return saved
 
 
-def histories(peft_model: PeftModel) -> dict[str, Tensor]:
-    """What restarts have frozen, on the CPU, under the names that `peft_model.state_dict()` would give it."""
-    adapter_name = peft_model.lora_ga.adapter_name
-    halves = offset_halves(peft_model, adapter_name)
-    return {f"{name}.history": half.history.cpu() for name, half in halves.items() if half.history is not None}
+def histories(adapter: LoRAGAAdapter) -> dict[str, Tensor]:
+    """What restarts have frozen, on the CPU, under the names that `state_dict()` of the model would give it."""
+    return {f"{name}.history": half.history.cpu() for name, half in adapter.halves.items() if half.history is not None}
 
 
 def adapter_directory(save_directory: str | Path, adapter_name: str) -> Path:
@@ -278,10 +277,10 @@ def adapter_directory(save_directory: str | Path, adapter_name: str) -> Path:
     return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
 
 
-def without_adapter_name(native: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+def without_adapter_name(in_memory: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """What belongs to the adapter's matrices A, under the names that PEFT gives in files."""
     infix = f".lora_A.{adapter_name}."
-    return {key.replace(infix, ".lora_A."): value for key, value in native.items() if infix in key}
+    return {key.replace(infix, ".lora_A."): value for key, value in in_memory.items() if infix in key}
 
 
 def check_tensors(path: Path, expected: dict[str, list[int]]) -> None:

@@ -12,9 +12,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..adapter.adapter import LoRAGAAdapter
 from ..distributed.backends import rank
 from ..distributed.launches import Launch, check_resumable_launch, check_resume_path
 from .adapter_files import adapter_directory, check_adapter
@@ -131,7 +131,7 @@ def last_complete(output_dir: Path) -> Path:
     )
 
 
-def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> None:
+def check_can_resume(adapter: LoRAGAAdapter, directory: Path, launch: Launch) -> None:
     """Check all that can be known before anything is loaded: `directory` is whole and belongs to this run.
 
     Raises:
@@ -139,7 +139,7 @@ def check_can_resume(peft_model: PeftModel, directory: Path, launch: Launch) -> 
             whose optimizer state this one cannot read; or DeepSpeed would not find it.
     """
     check_complete(directory)
-    saved = check_adapter(peft_model, adapter_directory(directory, peft_model.lora_ga.adapter_name))
+    saved = check_adapter(adapter, adapter_directory(directory, adapter.name))
     if saved.launch is None:
         raise ValueError(
             f"{directory} was saved by a loop of one's own, not by a LoRA-GA trainer, so there is no optimizer state to go on "

@@ -13,15 +13,17 @@ from peft import PeftModel
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from ..adapter.delta import DeltaHalf, delta_layers
+from ..adapter.adapter import LoRAGAAdapter
+from ..adapter.delta import DeltaHalf
 from ..distributed.backends import is_sharded
 from .adapter_files import config_as_in_file, rank_in_memory
 
 RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`PeftModel.from_pretrained(base_model, folder)`)."
 
 
-def guard_helpers(peft_model: PeftModel) -> None:
-    """Bind to `peft_model` what follows; PEFT offers no other place for it."""
+def guard_helpers(adapter: LoRAGAAdapter) -> None:
+    """Bind to the adapter's model what follows; PEFT offers no other place for it."""
+    peft_model = adapter.model
     peft_model.add_adapter = MethodType(add_adapter, peft_model)
     # `peft_model` finds the methods of its `base_model`
     peft_model.base_model.add_weighted_adapter = MethodType(add_weighted_adapter, peft_model)
@@ -35,12 +37,12 @@ def add_weighted_adapter(peft_model: PeftModel, *args: Any, **kwargs: Any) -> No
         ValueError: the model is sharded.
     """
     stock = type(peft_model.base_model).add_weighted_adapter
-    if peft_model.lora_ga.adapter_name not in peft_model.peft_config:
+    if peft_model.lora_ga.is_deleted:
         stock(peft_model.base_model, *args, **kwargs)
         return
     if any(map(is_sharded, peft_model.parameters())):
         raise ValueError(f"`add_weighted_adapter` needs whole matrices, but those of this model are sharded. {RELOAD}")
-    with config_as_in_file(peft_model) as presented:
+    with config_as_in_file(peft_model.lora_ga) as presented:
         # The new adapter's matrices hold all scalings, so its own must be 1; PEFT 0.21 makes it √r if this is on (peft#3761).
         presented.use_rslora = False
         stock(peft_model.base_model, *args, **kwargs)
@@ -53,11 +55,11 @@ def add_adapter(peft_model: PeftModel, adapter_name: str, peft_config: Any, *arg
         ValueError: `peft_config` is the LoRA-GA adapter's own. That is how PEFT and TRL begin to copy an adapter
             (`reduce_intruder_dimension`, the reference of `DPOTrainer`), and the copy would have room for half of it.
     """
-    state = peft_model.lora_ga
-    if rank_in_memory(state) > 1 and peft_config is peft_model.peft_config.get(state.adapter_name):
+    adapter = peft_model.lora_ga
+    if rank_in_memory(adapter) > 1 and peft_config is peft_model.peft_config.get(adapter.name):
         raise ValueError(
-            f"The adapter {adapter_name!r} would get the configuration of {state.adapter_name!r}, of rank {peft_config.r}, but "
-            f"in memory a LoRA-GA adapter has rank {rank_in_memory(state) * peft_config.r}, so that it cannot be copied. "
+            f"The adapter {adapter_name!r} would get the configuration of {adapter.name!r}, of rank {peft_config.r}, but "
+            f"in memory a LoRA-GA adapter has rank {rank_in_memory(adapter) * peft_config.r}, so that it cannot be copied. "
             f"{RELOAD} For a new adapter with the same settings, pass a `LoraConfig` of its own (`copy.deepcopy(...)`)."
         )
     type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)
@@ -70,8 +72,8 @@ def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], pr
     Raises:
         ValueError: there is one in `state_dict`.
     """
-    adapter_name = peft_model.lora_ga.adapter_name
-    for layer in delta_layers(peft_model, adapter_name):
+    adapter_name = peft_model.lora_ga.name
+    for layer in peft_model.lora_ga.weights:
         # in delta form there is always A, and a file has both
         for name in ("lora_A.weight", f"lora_A.{adapter_name}.weight"):
             if f"{prefix}{layer}.{name}" in state_dict:

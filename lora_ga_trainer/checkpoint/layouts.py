@@ -20,78 +20,83 @@ Tensors = dict[str, Tensor]
 
 
 class Layout(Protocol):
-    """Both directions between memory and files. In `portable` every matrix is the one `weight` that PEFT reads; `kept` is what
-    `lora_ga.safetensors` holds. Tensors of other modules pass through."""
+    """Both directions between memory and files. Tensors of other modules pass through.
+
+    `in_memory` names the halves as `state_dict()` does; in `on_disk` every matrix is the one `weight` that PEFT reads;
+    `resume_only` is what `lora_ga.safetensors` holds.
+    """
 
     times: int
     """The rank in the file is `times`·R, before any restart."""
 
-    def join(self, native: Tensors) -> Tensors:
-        """The `portable` of an adapter."""
+    def join(self, in_memory: Tensors) -> Tensors:
+        """The `on_disk` of an adapter."""
 
-    def keep(self, native: Tensors) -> Tensors:
-        """The `kept` of an adapter; the names in `native` do not contain the adapter's."""
+    def keep(self, in_memory: Tensors) -> Tensors:
+        """The `resume_only` of an adapter; the names in `in_memory` do not contain the adapter's."""
 
-    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
-        """The `native` that `join` and `keep` were given; a `history` is None where there was no restart."""
+    def split(self, on_disk: Tensors, resume_only: Tensors) -> dict[str, Any]:
+        """The `in_memory` that `join` and `keep` were given; a `history` is None where there was no restart."""
 
 
 class WithOffset:
-    """[A0 + dA; dA], [dB, B0], and after restarts the history behind them; kept: A0 under the layer's name."""
+    """[A0 + dA; dA], [dB, B0], and after restarts the history behind them; resume only: A0 under the layer's name."""
 
     times = 2
 
-    def join(self, native: Tensors) -> Tensors:
-        portable = {}
-        for key, value in native.items():
+    def join(self, in_memory: Tensors) -> Tensors:
+        on_disk = {}
+        for key, value in in_memory.items():
             module, _, part = key.rpartition(".")
             if part == "trainable" and (".lora_A" in module or ".lora_B" in module):
                 join = DeltaA.join if ".lora_A" in module else DeltaB.join
-                portable[f"{module}.weight"] = join(value, native[f"{module}.frozen"], native.get(f"{module}.history"))
+                on_disk[f"{module}.weight"] = join(
+                    value, in_memory[f"{module}.frozen"], in_memory.get(f"{module}.history")
+                )
             elif not (part in ("frozen", "history") and (".lora_A" in module or ".lora_B" in module)):
-                portable[key] = value
-        return portable
+                on_disk[key] = value
+        return on_disk
 
-    def keep(self, native: Tensors) -> Tensors:
+    def keep(self, in_memory: Tensors) -> Tensors:
         suffix = ".lora_A.frozen"
-        return {key.removesuffix(suffix): value for key, value in native.items() if key.endswith(suffix)}
+        return {key.removesuffix(suffix): value for key, value in in_memory.items() if key.endswith(suffix)}
 
-    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
-        native: dict[str, Any] = {}
-        for key, value in portable.items():
+    def split(self, on_disk: Tensors, resume_only: Tensors) -> dict[str, Any]:
+        in_memory: dict[str, Any] = {}
+        for key, value in on_disk.items():
             module = key.removesuffix(".weight")
             if key.endswith(".lora_A.weight"):
-                native[f"{module}.frozen"] = a0_RI = kept[module.removesuffix(".lora_A")]
-                native[f"{module}.trainable"], native[f"{module}.history"] = DeltaA.split(value, len(a0_RI))
+                in_memory[f"{module}.frozen"] = a0_RI = resume_only[module.removesuffix(".lora_A")]
+                in_memory[f"{module}.trainable"], in_memory[f"{module}.history"] = DeltaA.split(value, len(a0_RI))
             elif key.endswith(".lora_B.weight"):
-                rank = len(kept[module.removesuffix(".lora_B")])
+                rank = len(resume_only[module.removesuffix(".lora_B")])
                 parts = DeltaB.split(value, rank)
-                native |= zip((f"{module}.trainable", f"{module}.frozen", f"{module}.history"), parts, strict=True)
+                in_memory |= zip((f"{module}.trainable", f"{module}.frozen", f"{module}.history"), parts, strict=True)
             else:
-                native[key] = value
-        return native
+                in_memory[key] = value
+        return in_memory
 
 
 class WithoutOffset:
-    """A0 + dA, dB; kept: A0 and dA under their names in memory. dB is in memory what it is in the file, `lora_B.weight`."""
+    """A0 + dA, dB; resume only: A0 and dA under their names in memory. dB is `lora_B.weight`, in memory and on disk."""
 
     times = 1
 
-    def join(self, native: Tensors) -> Tensors:
-        portable = {}
-        for key, value in native.items():
+    def join(self, in_memory: Tensors) -> Tensors:
+        on_disk = {}
+        for key, value in in_memory.items():
             module, _, part = key.rpartition(".")
             if part == "trainable" and ".lora_A" in module:
-                portable[f"{module}.weight"] = SumA.join(value, native[f"{module}.frozen"])
+                on_disk[f"{module}.weight"] = SumA.join(value, in_memory[f"{module}.frozen"])
             elif not (part == "frozen" and ".lora_A" in module):
-                portable[key] = value
-        return portable
+                on_disk[key] = value
+        return on_disk
 
-    def keep(self, native: Tensors) -> Tensors:
-        return {key: value for key, value in native.items() if key.endswith((".lora_A.frozen", ".lora_A.trainable"))}
+    def keep(self, in_memory: Tensors) -> Tensors:
+        return {key: value for key, value in in_memory.items() if key.endswith((".lora_A.frozen", ".lora_A.trainable"))}
 
-    def split(self, portable: Tensors, kept: Tensors) -> dict[str, Any]:
-        return kept | {key: value for key, value in portable.items() if not key.endswith(".lora_A.weight")}
+    def split(self, on_disk: Tensors, resume_only: Tensors) -> dict[str, Any]:
+        return resume_only | {key: value for key, value in on_disk.items() if not key.endswith(".lora_A.weight")}
 
 
 LAYOUTS: dict[bool, Layout] = {True: WithOffset(), False: WithoutOffset()}

@@ -1,6 +1,6 @@
 """The model card (README.md) of a LoRA-GA adapter: what PEFT, TRL or transformers write, with a section on LoRA-GA in it.
 
-Whoever saves an adapter calls `create_or_update_model_card`, which `adapter_files.make_portable` replaces by the one here; and
+Whoever saves an adapter calls `create_or_update_model_card`, which `adapter_files.bind_files` replaces by the one here; and
 the trainers' `create_model_card` adds the same section. The section stands between two comments, so that it is found again.
 """
 
@@ -13,9 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
+from ..adapter.state import LoRAGAState
 from ..distributed.backends import full_shape
 from .layouts import LAYOUTS
-from .state import LoRAGAState
 
 TAG = "lora-ga"
 BEGIN, END = "<!-- LoRA-GA -->", "<!-- end of LoRA-GA -->"
@@ -32,7 +32,7 @@ CITATION = """\
 
 def create_or_update_model_card(peft_model: PeftModel, output_dir: str | Path) -> None:
     """`PeftModel.create_or_update_model_card`, which also tells of LoRA-GA. One process calls it."""
-    if peft_model.lora_ga.adapter_name not in peft_model.peft_config:  # deleted since
+    if peft_model.lora_ga.is_deleted:
         type(peft_model).create_or_update_model_card(peft_model, output_dir)
         return
     path = Path(output_dir, "README.md")
@@ -71,8 +71,7 @@ def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
 
 def base_name(peft_model: PeftModel) -> str:
     """Folder or hub name of the base model; empty if it was made in memory."""
-    config = peft_model.peft_config[peft_model.lora_ga.adapter_name]
-    return config.base_model_name_or_path or ""
+    return peft_model.lora_ga.lora_config.base_model_name_or_path or ""
 
 
 def changed_origin(peft_model: PeftModel) -> str:
@@ -89,7 +88,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def section(peft_model: PeftModel) -> str:
-    state, base, origin = peft_model.lora_ga, base_name(peft_model), changed_origin(peft_model)
+    state, base, origin = peft_model.lora_ga.state, base_name(peft_model), changed_origin(peft_model)
     relative_to = f"the untouched base model{f' `{base}`' if base else ''}"
     if origin:
         relative_to = (
@@ -117,15 +116,15 @@ def how_to_load(peft_model: PeftModel, base: str) -> str:
     if model_class.__module__.startswith("transformers."):
         name = model_class.__name__
         lines.append(f"from transformers import {name}\n")
-        revision = peft_model.peft_config[peft_model.lora_ga.adapter_name].revision
+        revision = peft_model.lora_ga.lora_config.revision
         at = f", revision={revision!r}" if revision else ""
         lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r}{at})")
     else:
         lines.append(f"\nbase = ...  # a {model_class.__name__}, with the weights that the adapter was trained on")
-    if peft_model.lora_ga.has_embeddings:  # the files hold those of the resized vocabulary
+    if peft_model.lora_ga.state.has_embeddings:  # the files hold those of the resized vocabulary
         rows = full_shape(peft_model.get_input_embeddings().weight)[0]
         lines.append(f"base.resize_token_embeddings({rows})")
-    adapter_name = peft_model.lora_ga.adapter_name
+    adapter_name = peft_model.lora_ga.name
     folder = "" if adapter_name == "default" else f", subfolder={adapter_name!r}"
     lines.append(f"model = PeftModel.from_pretrained(base, {HERE!r}{folder})  # or its name on the hub")
     return "\n".join(lines).replace("'", '"')

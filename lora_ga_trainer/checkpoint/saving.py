@@ -18,7 +18,7 @@ else:
     Base = object
 
 
-class SavesAdapters(Base):
+class AdapterCheckpointsMixin(Base):
     """Checkpoints are ordinary adapters, complete or absent, and resume to the bit."""
 
     model: PeftModel
@@ -35,8 +35,8 @@ class SavesAdapters(Base):
                 if resume_from_checkpoint is True
                 else Path(resume_from_checkpoint)
             )
-            check_can_resume(self.model, directory, self.model.lora_ga.launch)
-            check_resuming(self.model.lora_ga.launch, self.args.device)
+            check_can_resume(self.model.lora_ga, directory, self.model.lora_ga.state.launch)
+            check_resuming(self.model.lora_ga.state.launch, self.args.device)
             resume_from_checkpoint = str(directory)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -54,7 +54,7 @@ class SavesAdapters(Base):
         if resume_from_checkpoint is not None:
             # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
             # are in none of those; the adapter's files have all of it, in every backend.
-            name = self.model.lora_ga.adapter_name
+            name = self.model.lora_ga.name
             self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
         return prepared
 
@@ -63,7 +63,7 @@ class SavesAdapters(Base):
             super()._load_best_model()
         # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history. Without them Trainer would look
         # for the adapter where "default" is, also if that is another one.
-        name = self.model.lora_ga.adapter_name
+        name = self.model.lora_ga.name
         best = self.state.best_model_checkpoint
         assert best is not None  # Trainer asks before it calls this
         directory = adapter_directory(best, name)

@@ -1,61 +1,23 @@
 """`lora_ga.json`: the settings and the result of a LoRA-GA run, beside its adapter's files."""
 
-import copy
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 import transformers
 import trl
-from peft import LoraConfig
 
 from .._version import __version__
+from ..adapter.state import LoRAGAState
 from ..arguments import LoRAGAArguments
 from ..distributed.launches import Launch
 from ..report import InitReport
 
 STATE_FILE = "lora_ga.json"
-LORA_FIELDS = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
-)  # fmt: skip
-"""What a `LoraConfig` says about what trains and how; a checkpoint made with others cannot be resumed. Which layers it targets
-shows in the names of the tensors."""
 WITHOUT_EFFECT = ("ga_batch_size",)
 """Options that change no result, so that they may differ on resuming."""
-
-
-@dataclass
-class LoRAGAState:
-    """What `lora_ga.json` holds: enough to know whether a checkpoint belongs to a run. `peft_model.lora_ga` is one."""
-
-    adapter_name: str
-    lora: dict[str, Any]
-    """The fields of `LORA_FIELDS`, of the adapter that trains."""
-    options: dict[str, Any]
-    """The `ga_*` options."""
-    has_embeddings: bool
-    """Whether PEFT saves the embeddings with the adapter, because the vocabulary was resized."""
-    report: InitReport | None
-    """None until the adapter has been initialized."""
-    launch: Launch | None = None
-    """How the trainer that saves was launched; None in a loop of one's own."""
-    restarts: list[InitReport] = field(default_factory=list)
-    """What each restart found. After k of them the saved rank is 2·r·(k + 1)."""
-
-    @classmethod
-    def before_init(
-        cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments, has_embeddings: bool
-    ) -> "LoRAGAState":
-        # a set, as PEFT makes of some lists, would not survive JSON; and PEFT adds a classifier's head to `modules_to_save` of
-        # the same `LoraConfig` once for every model made from it
-        values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
-        lora = {name: sorted(set(value)) if isinstance(value, (set, list)) else value for name, value in values.items()}
-        options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
-        return cls(adapter_name, lora, options, has_embeddings, report=None)
 
 
 def write_state(directory: Path, state: LoRAGAState) -> None:

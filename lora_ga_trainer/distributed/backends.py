@@ -4,7 +4,7 @@ What a run communicates for LoRA-GA, beyond what every forward and backward of i
 
     1. counts        how many batches and label tokens each process has, and what went wrong there (small objects)
     2. sketches      all-reduced after each pass over the samples, in buckets: `sum_over_processes`
-    3. factors       every process factors its share of the layers and broadcasts A0, B0: `spread`, `broadcast`
+    3. factors       every process factors its share of the layers and broadcasts A0, B0: `owners_by_cost`, `broadcast`
 
 Most rules go by the parameter, not by the launcher, so that they hold in a loop of one's own as well: a ZeRO-3 parameter is
 partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, any other is whole on every process (plain, DDP, ZeRO-1/2).
@@ -23,6 +23,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def spread(costs: dict[str, int]) -> dict[str, int]:
+def owners_by_cost(costs: dict[str, int]) -> dict[str, int]:
     """The rank that does each task, so that the costliest process has as little as possible: largest task first."""
     loads = [0] * world_size()
     owners = {}
@@ -135,7 +136,7 @@ def is_zero3(parameter: Tensor) -> bool:
     return is_zero_param(parameter)
 
 
-def keep_from_ddp(model: nn.Module, buffers: list[str]) -> None:
+def exclude_from_ddp_broadcast(model: nn.Module, buffers: list[str]) -> None:
     """Have DDP, which sends all buffers from the first process before every forward, leave out `buffers`: they are the same
     on all processes, and as large as an adapter."""
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
@@ -277,3 +278,29 @@ def is_zero_optimizer(optimizer: Optimizer) -> bool:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
     return isinstance(optimizer, ZeROOptimizer)
+
+
+# --- after a training -----------------------------------------------------------------------------------------------
+
+
+def end_sharding(trained: nn.Module) -> None:
+    """Forget the ZeRO-3 of a training that is over, so that `from_pretrained` loads a whole model on every process again.
+
+    DeepSpeed 0.19 leaves the engine in hooks and a list of its own even when it is destroyed, so its tensors are dropped here.
+
+    Args:
+        trained: the trainer's `model_wrapped`, which is not to be used again.
+    """
+    unset_hf_deepspeed_config()
+    if "deepspeed" in sys.modules:
+        from deepspeed import DeepSpeedEngine
+        from deepspeed.runtime.zero import parameter_offload
+
+        parameter_offload.FWD_MODULE_STACK.clear()
+        if isinstance(trained, DeepSpeedEngine):
+            for parameter in trained.module.parameters():
+                if is_zero3(parameter):
+                    parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+                parameter.data = parameter.new_empty(0)
+            vars(trained.optimizer).clear()
+            vars(trained).clear()

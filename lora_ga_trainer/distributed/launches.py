@@ -192,7 +192,7 @@ def check_resumable_launch(saved: Launch, present: Launch) -> None:
         return
     raise ValueError(
         f"The checkpoint was saved by {saved}, and {present} cannot read its optimizer state. Resume with {saved}, or start "
-        "a new run from the exported weights (`python -m lora_ga_trainer.checkpoint --checkpoint_dir ... --out ... --merge`). "
+        "a new run from the exported weights (`lora-ga export --checkpoint_dir ... --out ... --merge`). "
         "Only DDP, one process included, and FSDP2 can resume with another number of processes."
     )
 

@@ -4,53 +4,46 @@ Shapes: O out features, I in features, R LoRA rank.
 """
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from ..adapter.delta import freeze_trained, write_factors
+from ..adapter.adapter import LoRAGAAdapter
 from ..adapter.quantized import dequantized_weight
+from ..adapter.weight import AdaptedWeight
 from ..arguments import LoRAGAArguments
-from ..distributed.backends import broadcast, compute_device, failing_together, full_tensor, is_sharded, rank, spread
+from ..distributed.backends import broadcast, failing_together, full_tensor, is_sharded, owners_by_cost, rank
 from ..factors import Factors, leading_singular_values, lora_ga_factors, scale_factors
 from ..gradient.estimation import Accumulator, derived_seed
 from ..report import LayerReport
 
 
 def write_all_factors(
-    layers: dict[str, LoraLayer],
-    accumulators: dict[str, Accumulator],
-    adapter_name: str,
-    config: LoRAGAArguments,
-    restart: bool = False,
+    adapter: LoRAGAAdapter, accumulators: dict[str, Accumulator], config: LoRAGAArguments
 ) -> dict[str, LayerReport]:
     """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
 
-    Nothing is written before all factors have been found; at a `restart` what each layer has learned is frozen before.
+    Nothing is written before all factors have been found. At a restart what each weight's pair has learned is frozen before.
 
     Returns:
         what there is to tell of each layer.
     """
-    owners = spread({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
+    owners = owners_by_cost({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
     mine = {name for name, owner in owners.items() if owner == rank()}
-    weights_s = weight_spectra(layers, mine, adapter_name, config) if config.ga_scale == "weight_svd" else {}
+    weights_s = weight_spectra(adapter, mine, config) if config.ga_scale == "weight_svd" else {}
     found: dict[str, Factors] = {}
     with failing_together():
-        for name, layer in layers.items():
+        for name, weight in adapter.weights.items():
             accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
             if name in mine:
                 try:
-                    found[name] = factor_gradient(
-                        name, layer, accumulator, adapter_name, config, weights_s.pop(name, None)
-                    )
+                    found[name] = factor_gradient(weight, accumulator, config, weights_s.pop(name, None))
                 except torch.linalg.LinAlgError as error:
                     raise ValueError(
                         f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
                     ) from error
 
     numbers = {}
-    for name, layer in layers.items():
-        R, O, I = layer.r[adapter_name], layer.out_features, layer.in_features
-        device = compute_device(layer.lora_A[adapter_name].trainable)
+    for name, weight in adapter.weights.items():
+        R, O, I, device = weight.rank, weight.out_features, weight.in_features, weight.device
         flat = torch.empty(R * I + O * R + 2 * R + 2, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
@@ -61,9 +54,9 @@ def write_all_factors(
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
         a, b, of_report = flat.split([R * I, O * R, 2 * R + 2])
-        if restart:
-            freeze_trained(layer, adapter_name)
-        write_factors(layer, adapter_name, a.view(R, I), b.view(O, R))
+        if adapter.is_initialized:
+            weight.freeze_trained()
+        weight.write_factors(a.view(R, I), b.view(O, R))
         numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
     for name, of_report in numbers.items():
@@ -72,10 +65,8 @@ def write_all_factors(
     return reports
 
 
-def weight_spectra(
-    layers: dict[str, LoraLayer], mine: set[str], adapter_name: str, config: LoRAGAArguments
-) -> dict[str, Tensor]:
-    """The R leading singular values of W, dequantized, for the layers that this process factors.
+def weight_spectra(adapter: LoRAGAAdapter, mine: set[str], config: LoRAGAArguments) -> dict[str, Tensor]:
+    """The R leading singular values of W, dequantized, for the weights that this process factors.
 
     Sharded weights are gathered one after another, so that no two ever stand on a process; all take part. What is computed on
     one meanwhile is a few thin products, which the others hardly wait for.
@@ -85,14 +76,14 @@ def weight_spectra(
     """
     found: dict[str, Tensor] = {}
     problem: RuntimeError | None = None
-    for name, layer in layers.items():
-        if name not in mine and not any(map(is_sharded, layer.get_base_layer().parameters())):
+    for name, weight in adapter.weights.items():
+        if name not in mine and not any(map(is_sharded, weight.layer.get_base_layer().parameters())):
             continue
-        weight = full_tensor(dequantized_weight(layer))
+        W = full_tensor(dequantized_weight(weight.layer))
         if name in mine and problem is None:
             generator = torch.Generator("cpu").manual_seed(derived_seed(f"{name}/weight", config.ga_seed))
             try:
-                found[name] = leading_singular_values(weight, layer.r[adapter_name], generator)
+                found[name] = leading_singular_values(W, weight.rank, generator)
             except RuntimeError as error:
                 problem = error
     with failing_together():
@@ -102,29 +93,23 @@ def weight_spectra(
 
 
 def factor_gradient(
-    name: str,
-    layer: LoraLayer,
-    accumulator: Accumulator,
-    adapter_name: str,
-    config: LoRAGAArguments,
-    weight_s: Tensor | None = None,
+    weight: AdaptedWeight, accumulator: Accumulator, config: LoRAGAArguments, weight_s: Tensor | None = None
 ) -> Factors:
-    """A0 (R×I) and B0 (O×R) of one layer, float32; see `factors` for the formulas.
+    """A0 (R×I) and B0 (O×R) of one weight, float32; see `factors` for the formulas.
 
     `weight_s`, the leading singular values of W, are for `weight_svd` only.
     """
-    R = layer.r[adapter_name]
     scales = scale_factors(
         config.ga_scale,  # type: ignore[arg-type]  # LoRAGAArguments has checked that it is one of them
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        rank=R,
-        scaling=layer.scaling[adapter_name],
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        rank=weight.rank,
+        scaling=weight.scaling,
         gamma=config.ga_gamma,
         weight_singular_values=lambda: weight_s,  # type: ignore[arg-type, return-value]  # not None where it is called
     )
     if not config.ga_offset:
         scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
-    generator = torch.Generator("cpu").manual_seed(derived_seed(f"{name}/direction", config.ga_seed))
-    direction = config.ga_direction
-    return lora_ga_factors(accumulator.triplets(2 * R), R, direction, scales, generator)  # type: ignore[arg-type]  # as above
+    generator = torch.Generator("cpu").manual_seed(derived_seed(f"{weight.name}/direction", config.ga_seed))
+    triplets = accumulator.triplets(2 * weight.rank)
+    return lora_ga_factors(triplets, weight.rank, config.ga_direction, scales, generator)  # type: ignore[arg-type]  # as above

@@ -2,118 +2,33 @@
 
 `initialize_lora_ga` is for people with their own loop; `LoRAGASFTTrainer` calls the same function. `restart_lora_ga` does it
 again in the middle of training.
-
-Shapes: O out features, I in features, R LoRA rank.
 """
 
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 
 from peft import PeftModel
-from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from ..adapter.delta import attach_delta_form, check_targets, delta_layers, lora_layers, offset_halves
-from ..adapter.lora_config import check_lora_config, check_no_adapter, check_own_adapter, check_task
-from ..adapter.quantized import check_scale
+from ..adapter.adapter import LoRAGAAdapter
 from ..arguments import LoRAGAArguments
-from ..checkpoint.adapter_files import file_has_embeddings, make_portable
-from ..checkpoint.in_memory import guard_helpers
-from ..checkpoint.provenance import forget_changed_base
-from ..checkpoint.state import LoRAGAState
-from ..distributed.backends import batch_device, forget_optimizer_state, is_sharded, keep_from_ddp, rank
-from ..gradient.estimation import (
-    ComputeLoss,
-    check_batches,
-    count_items,
-    estimate_gradients,
-    language_model_loss,
-    make_accumulator,
-    sketch_width,
-)
+from ..distributed.backends import batch_device, forget_optimizer_state, is_sharded, rank
+from ..gradient.estimation import estimate_gradients, make_accumulator
 from ..gradient.memory import peak_memory
-from ..gradient.probe import preserved_rng
+from ..gradient.objective import Batch, ComputeLoss, Objective
+from ..gradient.restored import preserved_rng
 from ..report import InitReport
+from .attach import attach_lora_ga
 from .factorization import write_all_factors
 
 logger = logging.getLogger(__name__)
 
 
-def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> str:
-    """Make the active adapter of `peft_model` ready for LoRA-GA: delta form, and saving as an ordinary LoRA adapter.
-
-    The model computes the base function until `initialize_lora_ga` has run. Call it before `accelerator.prepare`, so
-    that every backend shards and casts the new parameters like any others. Called again before the initialization, it
-    only takes over the new `config`.
-
-    Returns:
-        the name of the adapter.
-
-    Raises:
-        ValueError: the model is no `PeftModel` with one active LoRA adapter, it has an initialized or another LoRA-GA
-            adapter or one attached with another `ga_offset`, or the adapter or the sketch size does not fit LoRA-GA or the
-            model; see `check_lora_config`, `check_own_adapter`, `check_task` and `check_targets`.
-    """
-    if not isinstance(peft_model, PeftModel):
-        check_no_adapter(peft_model)
-        raise ValueError(
-            f"LoRA-GA initializes a `PeftModel`, got {type(peft_model).__name__}: wrap the model with "
-            "`peft.get_peft_model(model, LoraConfig(...))` first."
-        )
-    adapter_names = list(peft_model.active_adapters)
-    if len(adapter_names) != 1:
-        raise ValueError(
-            f"LoRA-GA initializes one adapter at a time, but {adapter_names} are active. Choose one with "
-            "`model.set_adapter(name)`."
-        )
-    (adapter_name,) = adapter_names
-    lora_config = peft_model.peft_config[adapter_name]
-    check_lora_config(lora_config, adapter_name)
-    check_own_adapter(peft_model)
-    check_task(peft_model, adapter_name)
-    if delta_layers(peft_model, adapter_name):
-        if peft_model.lora_ga.report is not None:
-            raise ValueError(
-                f"The adapter {adapter_name!r} has been initialized already by LoRA-GA; a second initialization would "
-                "discard what was trained since. Start from a fresh adapter, or merge this one first "
-                "(`model = model.merge_and_unload()`)."
-            )
-        former = peft_model.lora_ga
-        if former.options["ga_offset"] != config.ga_offset:
-            raise ValueError(
-                f"`ga_offset` is {config.ga_offset}, but the adapter {adapter_name!r} was attached with "
-                f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
-            )
-        check_scale(delta_layers(peft_model, adapter_name), config)
-        state = LoRAGAState.before_init(lora_config, adapter_name, config, former.has_embeddings)
-        peft_model.lora_ga = replace(state, launch=former.launch)
-        return adapter_name
-    for other in peft_model.peft_config:
-        if delta_layers(peft_model, other):
-            raise ValueError(
-                f"The model has a LoRA-GA adapter already, {other!r}, so {adapter_name!r} cannot be one as well. Merge the "
-                "first (`model = model.merge_and_unload()`), or train the second on a model of its own."
-            )
-    layers = lora_layers(peft_model, adapter_name)
-    check_targets(layers, adapter_name)
-    for name, layer in layers.items():
-        sketch_width(name, layer, adapter_name, config)
-    check_scale(layers, config)
-    forget_changed_base(peft_model, adapter_name)
-    state = LoRAGAState.before_init(lora_config, adapter_name, config, file_has_embeddings(peft_model, adapter_name))
-    attach_delta_form(layers, adapter_name, config.ga_offset)
-    keep_from_ddp(peft_model, [f"{name}.history" for name in offset_halves(peft_model, adapter_name)])
-    make_portable(peft_model, state)
-    guard_helpers(peft_model)
-    return adapter_name
-
-
 def initialize_lora_ga(
     peft_model: PeftModel,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[Batch],
     config: LoRAGAArguments,
     compute_loss: ComputeLoss | None = None,
     *,
@@ -154,15 +69,12 @@ def initialize_lora_ga(
             f"`config` is a {type(config).__name__}, but must hold the `ga_*` options: pass `LoRAGAArguments(...)` or a "
             "`LoRAGASFTConfig`."
         )
-    attach_lora_ga(peft_model, config)
-    report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=False)
-    peft_model.lora_ga.report = report
-    return report
+    return start_from_gradient(attach_lora_ga(peft_model, config), batches, config, compute_loss, disable_tqdm)
 
 
 def restart_lora_ga(
     peft_model: PeftModel,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[Batch],
     config: LoRAGAArguments,
     optimizer: Optimizer,
     compute_loss: ComputeLoss | None = None,
@@ -189,64 +101,68 @@ def restart_lora_ga(
     Raises:
         ValueError: the adapter has not been initialized yet, `ga_offset` is or was False, or what `initialize_lora_ga` raises.
     """
-    state = peft_model.lora_ga
-    if not (config.ga_offset and state.options["ga_offset"]):
+    return restart_from_gradient(peft_model.lora_ga, batches, config, optimizer, compute_loss, disable_tqdm)
+
+
+def start_from_gradient(
+    adapter: LoRAGAAdapter,
+    batches: Iterable[Batch],
+    config: LoRAGAArguments,
+    compute_loss: ComputeLoss | None = None,
+    disable_tqdm: bool = False,
+) -> InitReport:
+    """`initialize_lora_ga` of an adapter that is attached."""
+    adapter.state.report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm)
+    return adapter.state.report
+
+
+def restart_from_gradient(
+    adapter: LoRAGAAdapter,
+    batches: Iterable[Batch],
+    config: LoRAGAArguments,
+    optimizer: Optimizer,
+    compute_loss: ComputeLoss | None = None,
+    disable_tqdm: bool = False,
+) -> InitReport:
+    """`restart_lora_ga` of an adapter that has been initialized."""
+    if not (config.ga_offset and adapter.state.options["ga_offset"]):
         raise ValueError(
-            f"`ga_offset` is {config.ga_offset}, was {state.options['ga_offset']} when {state.adapter_name!r} was attached, "
+            f"`ga_offset` is {config.ga_offset}, was {adapter.state.options['ga_offset']} when {adapter.name!r} was attached, "
             "but a restart keeps what was trained beside a pair A0, B0 with its offset. Set it to True, or do not restart."
         )
-    if state.report is None:
+    if not adapter.is_initialized:
         raise ValueError(
-            f"The adapter {state.adapter_name!r} has not been initialized by LoRA-GA yet, so there is nothing to restart. Call "
+            f"The adapter {adapter.name!r} has not been initialized by LoRA-GA yet, so there is nothing to restart. Call "
             "`initialize_lora_ga(...)` first."
         )
-    report = _factors_from_gradient(peft_model, batches, config, compute_loss, disable_tqdm, restart=True)
-    halves = offset_halves(peft_model, state.adapter_name)
-    forget_optimizer_state(optimizer, [half.trainable for half in halves.values()])
-    state.restarts.append(report)
+    report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm)
+    forget_optimizer_state(optimizer, [half.trainable for half in adapter.halves.values()])
+    adapter.state.restarts.append(report)
     return report
 
 
-def _factors_from_gradient(
-    peft_model: PeftModel,
-    batches: Iterable[dict[str, Tensor]],
+def _estimate_and_write(
+    adapter: LoRAGAAdapter,
+    batches: Iterable[Batch],
     config: LoRAGAArguments,
     compute_loss: ComputeLoss | None,
     disable_tqdm: bool,
-    restart: bool,
 ) -> InitReport:
-    """Estimate, factor, write; at a `restart` what was trained goes to the history first."""
-    adapter_name = peft_model.lora_ga.adapter_name
-    layers = delta_layers(peft_model, adapter_name)
-    if config.ga_estimator == "exact" and not restart and rank() == 0 and any(map(is_sharded, peft_model.parameters())):
-        gibibytes = sum(4 * layer.out_features * layer.in_features for layer in layers.values()) / 2**30
-        logger.warning(
-            f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
-            f"{gibibytes:,.2f} GiB. The default, 'sketch', needs a small part of it."
-        )
+    """Sample -> gradient -> factors -> written. At a restart what was trained goes to the history first."""
+    _warn_of_whole_gradients(adapter, config)
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
-    check_batches(peft_model, batches, need_labels=compute_loss is None)
-    num_items = count_items(peft_model, batches)
+    objective = Objective(adapter.model, batches, compute_loss)
 
     started = time.perf_counter()
-    with peak_memory(batch_device(peft_model)) as peak:
-        accumulators = {name: make_accumulator(name, layer, adapter_name, config) for name, layer in layers.items()}
-        all_reduced_bytes = estimate_gradients(
-            peft_model,
-            layers,
-            accumulators,
-            batches,
-            compute_loss or language_model_loss,
-            num_items,
-            disable_tqdm,
-            adapter_is_zero=not restart,
-        )
-        found = write_all_factors(layers, accumulators, adapter_name, config, restart)
+    with peak_memory(batch_device(adapter.model)) as peak:
+        accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
+        all_reduced_bytes = estimate_gradients(adapter, accumulators, objective, disable_tqdm)
+        found = write_all_factors(adapter, accumulators, config)
 
     report = InitReport(
         alignment={name: layer.alignment for name, layer in found.items()},
-        num_items=num_items,
+        num_items=objective.num_items,
         seconds=time.perf_counter() - started,
         extra_peak_bytes=peak.extra_bytes,
         all_reduced_bytes=all_reduced_bytes,
@@ -258,3 +174,14 @@ def _factors_from_gradient(
         if not (disable_tqdm or logger.isEnabledFor(logging.INFO)):  # who watches the progress bar wants its end
             tqdm.write(report.summary())
     return report
+
+
+def _warn_of_whole_gradients(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:
+    if config.ga_estimator != "exact" or adapter.is_initialized or rank() != 0:
+        return
+    if any(map(is_sharded, adapter.model.parameters())):
+        gibibytes = sum(4 * weight.out_features * weight.in_features for weight in adapter.weights.values()) / 2**30
+        logger.warning(
+            f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
+            f"{gibibytes:,.2f} GiB. The default, 'sketch', needs a small part of it."
+        )

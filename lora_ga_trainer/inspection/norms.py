@@ -9,9 +9,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..adapter.state import LoRAGAState
 from ..checkpoint.adapter_files import FROZEN_FILE
 from ..checkpoint.layouts import LAYOUTS
-from ..checkpoint.state import LoRAGAState
 
 PARTS = {
     "A0": (".lora_A.frozen",),
@@ -32,12 +32,12 @@ def factor_norms(adapter: Path, state: LoRAGAState) -> Norms:
         ValueError: a file is missing or damaged.
     """
     try:
-        portable, kept = (load_file(adapter / name) for name in (SAFETENSORS_WEIGHTS_NAME, FROZEN_FILE))
+        on_disk, resume_only = (load_file(adapter / name) for name in (SAFETENSORS_WEIGHTS_NAME, FROZEN_FILE))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{adapter} has no readable weights ({error}).") from error
-    native = LAYOUTS[state.options["ga_offset"]].split(portable, kept)
+    in_memory = LAYOUTS[state.options["ga_offset"]].split(on_disk, resume_only)
     norms = {
-        part: [value.float().norm().item() for name, value in native.items() if name.endswith(ends)]
+        part: [value.float().norm().item() for name, value in in_memory.items() if name.endswith(ends)]
         for part, ends in PARTS.items()
     }
     return {part: values for part, values in norms.items() if values}

@@ -1,8 +1,22 @@
 """`LoRAGADPOTrainer`: direct preference optimization."""
 
+from collections.abc import Callable
 from typing import Any
 
-from trl import DPOTrainer
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer
 
 from ..arguments import LoRAGADPOConfig
 from .trl import LoRAGATRLMixin
@@ -21,9 +35,36 @@ class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
 
     config_class = LoRAGADPOConfig
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: LoraConfig | None = None,
+    ):
+        args, peft_config = self.before_init(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
         self.is_ready = False
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
         # TRL copies the adapter of a `PeftModel` as the reference. This one is new and adds zero: the base model is the same,
         # without a second adapter in memory and in every checkpoint.
         if "ref" in self.model.peft_config:

@@ -23,11 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..adapter.delta import offset_halves
 from ..arguments import LoRAGAArguments, LoRAGATrainingArguments
 from ..checkpoint.completeness import check_writable
 from ..checkpoint.model_card import TAG
-from ..checkpoint.saving import SavesAdapters
+from ..checkpoint.saving import AdapterCheckpointsMixin
 from ..compatibility import check_checkpointing_kwargs
 from ..distributed.backends import rank, world_size
 from ..distributed.launches import (
@@ -38,9 +37,10 @@ from ..distributed.launches import (
     launch_has_schedule,
     launch_of,
 )
-from ..gradient.estimation import items_in
+from ..gradient.objective import items_in
 from ..gradient.probe import preserved_rng
-from ..initialization.initialize import attach_lora_ga, initialize_lora_ga, restart_lora_ga
+from ..initialization import attach_lora_ga
+from ..initialization.initialize import restart_from_gradient, start_from_gradient
 from ..report import InitReport
 from .data import check_not_empty, draw_examples
 from .restarts import check_schedule, restart_is_due, rewarm
@@ -61,8 +61,8 @@ class LoRAGACallback(TrainerCallback):
         # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
         # call of `train`, has one already.
         if self.trainer.lora_ga_report is None:
-            self.trainer.initialize_lora_ga()
-        last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.restarts][-1]
+            self.trainer.initialize_adapter()
+        last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.state.restarts][-1]
         if not any(last.metrics().items() <= entry.items() for entry in state.log_history):
             self.trainer.unlogged = last.metrics()
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
@@ -72,16 +72,16 @@ class LoRAGACallback(TrainerCallback):
             )
         if args.ga_restart_steps is not None:
             due = state.global_step // args.ga_restart_steps
-            self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.restarts) - due)
+            self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.state.restarts) - due)
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
-        made = len(self.trainer.model.lora_ga.restarts) - self.earlier_restarts
+        made = len(self.trainer.model.lora_ga.state.restarts) - self.earlier_restarts
         if restart_is_due(args, state.global_step, made):
-            self.trainer.restart_lora_ga()
+            self.trainer.restart_adapter()
 
 
-class LoRAGAMixin(SavesAdapters):
+class LoRAGAMixin(AdapterCheckpointsMixin):
     """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
@@ -146,9 +146,9 @@ class LoRAGAMixin(SavesAdapters):
                 "batches of training. Pass the dataset that they are made of, and its `data_collator`."
             )
         check_not_empty(self.train_dataset, self.EMPTY)
-        self.attach_lora_ga()
+        self.attach_adapter()
 
-    def attach_lora_ga(self) -> None:
+    def attach_adapter(self) -> None:
         """The adapter gets its delta form now, and its factors when training begins.
 
         Raises:
@@ -166,7 +166,7 @@ class LoRAGAMixin(SavesAdapters):
         if how.get("offload"):
             check_offloading("`gradient_checkpointing_kwargs={'offload': True}`")
         try:
-            adapter_name = attach_lora_ga(self.model, self.args)
+            adapter = attach_lora_ga(self.model, self.args)
         except ValueError as error:
             if not self.adapter_is_default:
                 raise
@@ -176,13 +176,12 @@ class LoRAGAMixin(SavesAdapters):
             ) from error
         if self.args.ga_restart_steps is not None:
             check_schedule(self.args, self.lr_scheduler, launch_has_schedule(self.accelerator))
-            halves = offset_halves(self.model, adapter_name).values()
-            restarted = {id(half.trainable) for half in halves}
+            restarted = {id(half.trainable) for half in adapter.halves.values()}
             check_restart(
                 launch,
                 [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in restarted],
             )
-        self.model.lora_ga.launch = launch
+        adapter.state.launch = launch
         if isinstance(self.model.get_base_model(), PreTrainedModel):
             self.model.add_model_tags(TAG)
         # Trainer sets it with each step, and the initialization comes before the first
@@ -193,23 +192,20 @@ class LoRAGAMixin(SavesAdapters):
     @property
     def lora_ga_report(self) -> InitReport | None:
         """What the initialization found, None before it."""
-        return self.model.lora_ga.report
+        return self.model.lora_ga.state.report
 
-    def initialize_lora_ga(self) -> None:
+    def initialize_adapter(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
         with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
-            initialize_lora_ga(self.model, batches, self.args, self.estimation_loss, disable_tqdm=disable_tqdm)
+            start_from_gradient(self.model.lora_ga, batches, self.args, self.estimation_loss, disable_tqdm)
 
-    def restart_lora_ga(self) -> None:
+    def restart_adapter(self) -> None:
         """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
-        seed = self.args.ga_seed + 1 + len(self.model.lora_ga.restarts)
+        seed = self.args.ga_seed + 1 + len(self.model.lora_ga.state.restarts)
         with self.estimating(seed) as (batches, disable_tqdm):
-            report = restart_lora_ga(
-                self.model, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm=disable_tqdm
+            report = restart_from_gradient(
+                self.model.lora_ga, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm
             )
-        if self.unlogged:  # no entry since the last estimation: one of its own, or its metrics would be lost
-            with self.unchanged_metrics():
-                self.log({})
         self.unlogged = report.metrics()
 
     @contextmanager
@@ -275,7 +271,7 @@ class LoRAGAMixin(SavesAdapters):
         return scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """`Trainer.train`; see `SavesAdapters.train` for resuming.
+        """`Trainer.train`; see `AdapterCheckpointsMixin.train` for resuming.
 
         Raises:
             ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;

@@ -1,11 +1,14 @@
 """`LoRAGASeq2SeqTrainer`: encoder-decoder models such as T5."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EvalPrediction, PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainingArguments
 
 from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from ..arguments import LoRAGASeq2SeqConfig, with_ga_options
@@ -55,9 +58,17 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: TrainingArguments | None = None,
-        *positional: Any,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: LoraConfig | None = None,
-        **kwargs: Any,
     ):
         config: Any = model.config if isinstance(model, nn.Module) else None
         if config is None or not config.is_encoder_decoder:
@@ -83,5 +94,18 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
             model = get_peft_model(model, peft_config)
             if args.gradient_checkpointing:  # reentrant checkpointing passes a gradient on only if its input has one
                 model.enable_input_require_grads()
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         check_shared_embeddings(launch_of(self.accelerator, model), model)

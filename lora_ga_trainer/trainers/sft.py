@@ -1,8 +1,23 @@
 """`LoRAGASFTTrainer`: decoder-only models."""
 
+from collections.abc import Callable
 from typing import Any
 
-from trl import SFTTrainer
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
 from ..arguments import LoRAGASFTConfig
 from ..compatibility import enable_selective_checkpointing
@@ -30,8 +45,43 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     config_class = LoRAGASFTConfig
     EMPTY = "has no example with a completion token left after preparation (are the prompts longer than `max_length`?)"
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: LoraConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        args, peft_config = self.before_init(
+            model, args, train_dataset, eval_dataset, quantization_config, peft_config, formatting_func
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
         how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
         if self.args.gradient_checkpointing and how.get("selective"):
             enable_selective_checkpointing(self.model)

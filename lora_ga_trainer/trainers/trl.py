@@ -1,14 +1,13 @@
 """What TRL's trainers have in common: the adapter that they make from a `peft_config`, and their metrics."""
 
-import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from ..arguments import with_ga_options
@@ -30,23 +29,41 @@ class LoRAGATRLMixin(LoRAGAMixin):
     task_type = TaskType.CAUSAL_LM
     """That of the paper's adapter, which stands in for a `peft_config`."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        call = inspect.signature(super(LoRAGAMixin, self).__init__).bind(*args, **kwargs)
-        arguments = call.arguments
-        model = arguments["model"]
-        arguments["args"] = with_ga_options(self.config_class, arguments.get("args"), model)
+    def before_init(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        quantization_config: Any,
+        peft_config: LoraConfig | None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ) -> tuple[Any, LoraConfig | None]:
+        """The `args` and `peft_config` for TRL's `__init__`, complete. It prepares no dataset before `get_ready`.
+
+        Raises:
+            ValueError: TRL would stumble over one of the arguments.
+        """
+        args = with_ga_options(self.config_class, args, model)
         if not isinstance(model, PeftModel):
-            self.adapter_is_default = arguments.get("peft_config") is None
-            if self.adapter_is_default:
-                arguments["peft_config"] = paper_lora_config(self.task_type)
-            check_lora_config(arguments["peft_config"])
-            arguments["peft_config"] = self.completed(arguments["peft_config"])
+            self.adapter_is_default = peft_config is None
+            peft_config = paper_lora_config(self.task_type) if peft_config is None else peft_config
+            check_lora_config(peft_config)
+            peft_config = self.completed(peft_config)
             if isinstance(model, nn.Module):
                 check_no_adapter(model)
-        self.check_arguments(arguments)
+        if quantization_config is not None:  # an argument of its own in newer TRL only
+            args.model_init_kwargs = (args.model_init_kwargs or {}) | {"quantization_config": quantization_config}
+        check_not_empty(train_dataset, "has no example")
+        if formatting_func is None:  # which takes rows of any form
+            self.check_dataset(train_dataset, args, "training")
+            for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                self.check_dataset(dataset, args, "evaluation")
+        if args.activation_offloading:
+            check_offloading("`activation_offloading=True`")
         self.unprepared: list[tuple[Any, tuple[Any, ...]]] = []
         self._prepare_dataset = self.prepare_later  # shadows TRL's method until `get_ready`
-        super().__init__(*call.args, **call.kwargs)
+        return args, peft_config
 
     def completed(self, peft_config: LoraConfig) -> LoraConfig:
         """`peft_config` with what the trainer knows and its user has left out."""
@@ -70,20 +87,6 @@ class LoRAGATRLMixin(LoRAGAMixin):
             elif held_out:
                 ((_, self.eval_dataset),) = held_out
         check_not_empty(self.train_dataset, self.EMPTY)
-
-    def check_arguments(self, arguments: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: TRL would stumble over one of the trainer's `arguments`.
-        """
-        check_not_empty(arguments.get("train_dataset"), "has no example")
-        if arguments.get("formatting_func") is None:  # which takes rows of any form
-            held_out = arguments.get("eval_dataset")
-            self.check_dataset(arguments.get("train_dataset"), arguments["args"], "training")
-            for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
-                self.check_dataset(dataset, arguments["args"], "evaluation")
-        if arguments["args"].activation_offloading:
-            check_offloading("`activation_offloading=True`")
 
     def check_dataset(self, dataset: Any, args: Any, role: str) -> None:
         """
