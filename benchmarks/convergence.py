@@ -4,7 +4,7 @@
     python benchmarks/convergence.py benchmarks/sweeps/cpu.yaml --share 1/2      # in one of two processes
     python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml           # the tables and plots of what is there
 
-With `evaluate: true` a run answers its recipe's benchmark afterwards, from `evaluation_file` or `offline`; for GSM-symbolic:
+With `evaluate` a run answers its recipe's benchmark, or the tasks that it names, afterwards; for GSM-symbolic:
 
     python benchmarks/symbolic_items.py outputs/symbolic.jsonl
 
@@ -35,9 +35,9 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from finetune import parse
+from finetuning.recipe import Options, Recipe
+from finetuning.run import check_evaluation, parse
 from peft_lora_ga import with_pefts_lora_ga
-from recipe import Options, Recipe
 
 RUNS = Results("convergence")
 
@@ -120,9 +120,8 @@ def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
     training.output_dir = "outputs/convergence"
     path = options.model.model_name_or_path = options.model.model_name_or_path or recipe.demo_model()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if options.run.evaluate:
-        recipe.benchmark.check(options.evaluation)  # before minutes of training
     train, held_out = recipe.datasets(options, tokenizer)
+    check_evaluation(recipe, options)  # before minutes of training
     set_seed(training.seed)
     trainer = recipe.trainer(options, tokenizer, train, held_out)
     stopwatch = Stopwatch()
@@ -142,10 +141,15 @@ def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
         ),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    if options.run.evaluate:  # on the file or source that the run's settings name
+    names, source = recipe.asked(options)
+    if names:
+        from evaluation import harness  # an extra
+
         with tempfile.TemporaryDirectory() as folder:
-            scored = recipe.benchmark.evaluate(trainer.model, tokenizer, Path(folder), options.evaluation)
-        found["score"], found["items"] = scored["score"], scored["count"]
+            scored = harness.evaluate(trainer.model, tokenizer, names, Path(folder), options.evaluation, source)
+        (metrics,) = scored.values()
+        found["score"] = next(value for name, value in metrics.items() if "," in name)  # "metric,filter"
+        found["items"] = metrics["sample_len"]
     del trainer
     gc.collect()
     return found

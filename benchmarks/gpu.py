@@ -123,7 +123,7 @@ def missing_for_smollm2() -> str | None:
     """What keeps the real SmolLM2 and its word problems from being used, or None."""
     import importlib.util
 
-    from demo_model import demo_model_path
+    from data.demo_model import demo_model_path
 
     if importlib.util.find_spec("reasoning_gym") is None:
         return "reasoning-gym is not installed"
@@ -280,7 +280,7 @@ def convergence(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
     import tempfile
 
     import convergence
-    from demo_model import demo_model_path
+    from data.demo_model import demo_model_path
     from word_sums import Learning, save_model_that_adds, write_subtractions
 
     with tempfile.TemporaryDirectory() as folder:

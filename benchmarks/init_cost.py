@@ -39,10 +39,10 @@ from transformers import PreTrainedModel
 from variant_process import add_variant_arguments, report, run_variant
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator
 from lora_ga_trainer.gradient.memory import peak_memory
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.gradient.objective import Objective
+from lora_ga_trainer.initialization import attach_lora_ga
 
 RANK = 8
 HALVED = "ours, 2 passes, half batches"
@@ -133,10 +133,9 @@ def measure_gradient(args: Namespace) -> dict[str, Any]:
     model, batches = make_model(args, args.samples)
     model = get_peft_model(model, lora_config(RANK))
     config = OURS["ours, exact"]
-    layers = delta_layers(model, attach_lora_ga(model, config))
-    accumulators = {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
-    num_items = count_items(model, batches)
-    estimate_gradients(model, layers, accumulators, batches, language_model_loss, num_items)
+    adapter = attach_lora_ga(model, config)
+    accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
+    estimate_gradients(adapter, accumulators, Objective(model, batches))
     # to the CPU, where an SVD of this size takes less time than on a GPU
     gradients = {name: accumulator.grad_OI.cpu() for name, accumulator in accumulators.items()}
     best = {}

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from demo_model import demo_model_path
-from gsm_symbolic import gsm_symbolic
+from data.demo_model import demo_model_path
+from data.gsm_symbolic import gsm_symbolic
 from metamath import to_prompt_completion
 
 Batches = list[dict[str, Tensor]]

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from methods import METHODS, STOCK, Method
+from methods.table import METHODS, STOCK, Method
 
 # All linear layers but the head, by name: PEFT's pre-pass finds no layer for "all-linear".
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

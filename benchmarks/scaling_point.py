@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.distributed.backends import gather_objects, rank, world_size
 from lora_ga_trainer.gradient.estimation import Accumulator, make_accumulator
 
@@ -81,9 +80,9 @@ def with_lora(model: PreTrainedModel, point: Point) -> PeftModel:
 
 def held_bytes(model: PeftModel) -> dict[str, int]:
     """What the accumulators of all layers hold in the first pass, the largest, and what the gradients would take."""
-    layers = delta_layers(model, "default")
-    accumulators = [make_accumulator(name, layer, "default", OPTIONS) for name, layer in layers.items()]
-    gradient = sum(layer.get_base_layer().weight.nbytes for layer in layers.values())  # as large, both float32
+    weights = model.lora_ga.weights.values()
+    accumulators = [make_accumulator(weight, OPTIONS) for weight in weights]
+    gradient = sum(weight.layer.get_base_layer().weight.nbytes for weight in weights)  # as large, both float32
     return {"sketch_bytes": bytes_of(accumulators), "gradient_bytes": gradient}
 
 

@@ -15,9 +15,9 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from data import first_of_each
-from demo_model import demo_model_path
-from gsm_symbolic import gsm_symbolic
+from data.demo_model import demo_model_path
+from data.gsm_symbolic import gsm_symbolic
+from data.selection import first_of_each
 from transformers import AutoTokenizer
 
 SEED = 1_000_003

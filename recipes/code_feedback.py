@@ -3,18 +3,16 @@
     accelerate launch recipes/code_feedback.py                                                      # small, offline
     accelerate launch recipes/code_feedback.py --config recipes/configs/code_feedback_llama2_7b.yaml   # the paper's run
 
-Every field of the dataclasses in `finetune.parse` is an option, in the YAML or on the command line.
+Every field of the dataclasses in `finetuning.run.parse` is an option, in the YAML or on the command line.
 """
 
 import re
 
-from causal import CausalRecipe
-from codeio import codeio
-from data import DataArguments, DataDefinition, Row
-from finetune import run
-
-from lora_ga_trainer.evaluation import humaneval
-from lora_ga_trainer.evaluation.prompts import alpaca_prompt
+from data.codeio import codeio
+from data.prompts import alpaca_prompt
+from data.selection import DataArguments, DataDefinition, Row
+from finetuning.causal import CausalRecipe
+from finetuning.run import run
 
 # A fence stands on a line of its own, so that backticks inside the code do not end it; the closing one is as long.
 CODE_BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n.*?^[ \t]*\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -43,7 +41,7 @@ def definition(args: DataArguments) -> DataDefinition:
     )
 
 
-RECIPE = CausalRecipe("code_feedback", DataArguments, humaneval, humaneval.HumanEvalArguments, definition)
+RECIPE = CausalRecipe("code_feedback", DataArguments, "humaneval_alpaca", definition)
 
 if __name__ == "__main__":
     run(RECIPE)

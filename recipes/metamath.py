@@ -5,18 +5,16 @@
     accelerate launch recipes/metamath.py --config recipes/configs/metamath_llama2_7b.yaml   # the paper's run
     accelerate launch recipes/metamath.py --model_name_or_path MODEL --dataset_path mine.jsonl
 
-Every field of the dataclasses in `finetune.parse` is an option, in the YAML or on the command line.
+Every field of the dataclasses in `finetuning.run.parse` is an option, in the YAML or on the command line.
 """
 
 from dataclasses import dataclass, field
 
-from causal import CausalRecipe
-from data import DataArguments, DataDefinition, Row
-from finetune import run
-from gsm_symbolic import gsm_symbolic
-
-from lora_ga_trainer.evaluation import gsm8k
-from lora_ga_trainer.evaluation.prompts import math_prompt
+from data.gsm_symbolic import gsm_symbolic
+from data.prompts import math_prompt
+from data.selection import DataArguments, DataDefinition, Row
+from finetuning.causal import CausalRecipe
+from finetuning.run import run
 
 
 @dataclass
@@ -52,7 +50,7 @@ def definition(args: MathDataArguments) -> DataDefinition:
     )
 
 
-RECIPE = CausalRecipe("metamath", MathDataArguments, gsm8k, gsm8k.GSM8KArguments, definition)
+RECIPE = CausalRecipe("metamath", MathDataArguments, "gsm8k_metamath", definition)
 
 if __name__ == "__main__":
     run(RECIPE)

@@ -3,16 +3,14 @@
     accelerate launch recipes/wizardlm.py                                                  # small, offline, a CPU will do
     accelerate launch recipes/wizardlm.py --config recipes/configs/wizardlm_llama2_7b.yaml   # the paper's run
 
-Every field of the dataclasses in `finetune.parse` is an option, in the YAML or on the command line.
+Every field of the dataclasses in `finetuning.run.parse` is an option, in the YAML or on the command line.
 """
 
-from alpaca_demo import alpaca_demo
-from causal import CausalRecipe
-from data import DataArguments, DataDefinition, Row
-from finetune import run
-
-from lora_ga_trainer.evaluation import mt_bench
-from lora_ga_trainer.evaluation.prompts import alpaca_prompt
+from data.alpaca_demo import alpaca_demo
+from data.prompts import alpaca_prompt
+from data.selection import DataArguments, DataDefinition, Row
+from finetuning.causal import CausalRecipe
+from finetuning.run import run
 
 
 def to_prompt_completion(row: Row) -> dict[str, str]:
@@ -33,7 +31,7 @@ def definition(args: DataArguments) -> DataDefinition:
     )
 
 
-RECIPE = CausalRecipe("wizardlm", DataArguments, mt_bench, mt_bench.MTBenchArguments, definition)
+RECIPE = CausalRecipe("wizardlm", DataArguments, "mt_bench", definition)
 
 if __name__ == "__main__":
     run(RECIPE)

@@ -36,13 +36,12 @@ from lora_ga_trainer import (
     LoRAGASeq2SeqTrainer,
     LoRAGASFTConfig,
     LoRAGASFTTrainer,
-    accumulator,
-    backends,
-    factorization,
 )
-from lora_ga_trainer.adapter.delta import delta_layers
+from lora_ga_trainer.adapter.weight import AdaptedWeight
 from lora_ga_trainer.checkpoint import saving as saving_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict, histories
+from lora_ga_trainer.distributed import backends
+from lora_ga_trainer.gradient import accumulator
 
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 STEPS = 6
@@ -128,10 +127,10 @@ class Observer(TrainerCallback):
         self.trainer, self.run = trainer, run
         self.phase, self.most_whole = "estimation", {"estimation": 0, "training": 0}
         self.seen, self.factorizations, self.factors_digest = {}, 0, hashlib.sha256()
-        for layer in delta_layers(trainer.model, "default").values():
-            layer.register_forward_hook(lambda *_: self.look())
+        for weight in trainer.model.lora_ga.weights.values():
+            weight.layer.register_forward_hook(lambda *_: self.look())
         before(trainer, "compute_loss", self.look)
-        self.undo = [before(factorization, "write_factors", self.digest_factors)]
+        self.undo = [before(AdaptedWeight, "write_factors", self.digest_factors)]
         for kind in (accumulator.ExactGradient, accumulator.GradientSketch):
             self.undo.append(before(kind, "add", self.look))  # called in the backward
             self.undo.append(before(kind, "triplets", self.count_factorization))
@@ -141,7 +140,7 @@ class Observer(TrainerCallback):
             self.run_out_of_memory("estimation")
         self.most_whole[self.phase] = max(self.most_whole[self.phase], standing_whole(self.trainer.model))
 
-    def digest_factors(self, layer, adapter_name, a_RI, b_OR) -> None:
+    def digest_factors(self, weight, a_RI, b_OR) -> None:
         """What this process writes, before any sharding."""
         for factor in (a_RI, b_OR):
             self.factors_digest.update(factor.contiguous().numpy().tobytes())
@@ -153,7 +152,7 @@ class Observer(TrainerCallback):
         if state.global_step:
             return
         model, was_training = self.trainer.model, self.trainer.model.training
-        layers = delta_layers(model, "default").values()
+        layers = [weight.layer for weight in model.lora_ga.weights.values()]
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             logits = logits_of(model)
             for layer in layers:
@@ -321,12 +320,12 @@ def execute(run: Run, output_dir: Path) -> dict:
         for undo in observer.undo:
             undo()
 
-    adapter = adapter_state_dict(trainer.model) | histories(trainer.model)
+    adapter = adapter_state_dict(trainer.model) | histories(trainer.model.lora_ga)
     trainer.save_model(str(output_dir / "final"))
     with torch.no_grad():
         final_logits = logits_of(trainer.model)
     return {
-        "launch": trainer.model.lora_ga.launch,
+        "launch": trainer.model.lora_ga.state.launch,
         "communication": dist.get_backend() if dist.is_initialized() else None,
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -115,11 +115,11 @@ def import_libraries() -> None:
     """What the programs import, but for the modules of the tests and recipes, which are theirs to find."""
     folders = [str(TESTS), str(TESTS.parent / "recipes")]
     sys.path[:0] = folders
-    for name in ("accelerate.commands.launch", "torch.distributed.run", "backend_worker", "finetune"):
+    for name in ("accelerate.commands.launch", "torch.distributed.run", "backend_worker", "finetuning.run"):
         importlib.import_module(name)
     del sys.path[: len(folders)]
     for name, module in list(sys.modules.items()):
-        if os.path.dirname(getattr(module, "__file__", None) or "") in folders and name != "__main__":
+        if (getattr(module, "__file__", None) or "").startswith(tuple(folders)) and name != "__main__":
             del sys.modules[name]
 
 

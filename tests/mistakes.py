@@ -7,7 +7,7 @@ Each gets a `World` to make it in, and raises what a user would see, or returns 
 
 import json
 import logging
-import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
-import data as recipe_data
-import finetune
 import metamath
 import torch
+from data import selection
 from datasets import Dataset, IterableDataset
+from evaluation import harness
+from finetuning.run import evaluate, finetune, parse
 from launching import WORKER, environment, what_two_processes_say
 from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
-from recipe_cases import RECIPES, options, rows_for, save_model, write
+from recipe_cases import RECIPES, options, rows_for, write
 from safetensors.torch import load_file, save_file
 from tiny import (
     lora_config,
@@ -54,8 +56,7 @@ from lora_ga_trainer import (
 from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.checkpoint.state import STATE_FILE
 from lora_ga_trainer.distributed.launches import Launch, check_checkpointing, check_restart
-from lora_ga_trainer.evaluation import __main__ as evaluation
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
 QUIET = {"disable_tqdm": True}
@@ -110,7 +111,9 @@ class World:
 
     def recipe(self, name: str, *arguments: str, **overrides) -> None:
         recipe = RECIPES[name]
-        finetune.finetune(recipe, finetune.parse(recipe, [*options(name, self.folder, **overrides), *arguments]))
+        parsed = parse(recipe, [*options(name, self.folder, **overrides), *arguments])
+        finetune(recipe, parsed)
+        evaluate(recipe, parsed)
 
     def rows(self, rows: list[dict] | str | bytes, recipe: str = "wizardlm") -> None:
         """Load `rows`, or a file's content, as the data of a recipe."""
@@ -120,17 +123,7 @@ class World:
         else:
             path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
         args = RECIPES[recipe].data_arguments(dataset_path=str(path), eval_size=8)
-        recipe_data.load_rows(RECIPES[recipe].definition(args), args, seed=0)
-
-    def evaluate(self, *arguments: str) -> None:
-        argv, folder = sys.argv, os.getcwd()
-        sys.argv = ["evaluation", *arguments, "--output", str(self.out)]
-        os.chdir(self.folder)
-        try:
-            evaluation.main()
-        finally:
-            sys.argv = argv
-            os.chdir(folder)
+        selection.load_rows(RECIPES[recipe].definition(args), args, seed=0)
 
 
 @contextmanager
@@ -780,27 +773,28 @@ def r13_no_row_left(world):
 
 def r14_a_dataset_on_a_hub_that_cannot_be_reached(world):
     args = metamath.MathDataArguments(dataset_name="meta-math/MetaMathQA")
-    recipe_data.load_rows(metamath.RECIPE.definition(args), args, seed=0)
+    selection.load_rows(metamath.RECIPE.definition(args), args, seed=0)
 
 
 def r15_generated_programs_without_leave(world):
-    world.evaluate("humaneval", "--base", str(save_model(world.folder / "model")))
+    world.recipe("code_feedback", evaluate="true")
 
 
-def r16_no_such_benchmark(world):
-    world.evaluate("mmlu")
+def r16_no_such_task(world):
+    known = harness.TaskManager
+    # the harness's own tasks are thousands, and take seconds
+    with patch.object(harness, "TaskManager", lambda **options: known(**options | {"include_defaults": False})):
+        world.recipe("metamath", evaluate="gsm8k_metamat")
 
 
-def r17_no_such_adapter(world):
-    base = str(save_model(world.folder / "model"))
-    file = write([{"question": "w1", "answer": "#### 1"}], world.folder / "items.jsonl")
-    world.evaluate("gsm8k", "--base", base, "--adapter", "nowhere", "--evaluation_file", str(file))
+def r17_programs_that_cannot_be_contained(world):
+    with patch.object(platform, "machine", lambda: "riscv64"):
+        world.recipe("code_feedback", "--confirm_run_unsafe_code", "true", evaluate="true")
 
 
 def r18_an_answer_without_a_number(world):
-    base = str(save_model(world.folder / "model"))
     file = write([{"question": "w1", "answer": "w2"}], world.folder / "items.jsonl")
-    world.evaluate("gsm8k", "--base", base, "--evaluation_file", str(file))
+    world.recipe("metamath", evaluate="true", evaluation_file=file)
 
 
 def r19_no_items(world):
@@ -808,9 +802,8 @@ def r19_no_items(world):
 
 
 def r20_a_benchmark_for_another_kind_of_model(world):
-    base = str(save_model(world.folder / "model"))
     file = write([{"sentence": "w1", "label": 1}], world.folder / "items.jsonl")
-    world.evaluate("glue", "--base", base, "--task", "sst2", "--evaluation_file", str(file))
+    world.recipe("metamath", evaluate="sst2_label_words", evaluation_file=file)
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from tiny import lora_config, sft_arguments, tiny_batches, tiny_model, word_prob
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, accumulator, initialize_lora_ga
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
 from lora_ga_trainer.distributed.backends import rank
+from lora_ga_trainer.gradient import accumulator
 
 DISK = 30_000
 """Bytes that a file may have on the full disk: less than an adapter's."""

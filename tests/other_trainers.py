@@ -25,8 +25,8 @@ from lora_ga_trainer import (
     LoRAGARewardTrainer,
     LoRAGATrainingArguments,
 )
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, make_accumulator
+from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator
+from lora_ga_trainer.gradient.objective import Objective
 
 PAIRS = ("reward", "dpo")
 KINDS = ("classifier", *PAIRS)
@@ -134,16 +134,12 @@ def example_losses(kind: str, policy: nn.Module, reference: nn.Module, batch: di
 # --- what the package estimates -------------------------------------------------------------------------------------
 
 
-def estimated_gradients(trainer: Trainer, *, adapter_is_zero: bool = True) -> dict[str, Tensor]:
+def estimated_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """The exact gradient of every target layer, as the trainer's initialization, or its restart, finds it."""
-    layers = delta_layers(trainer.model, "default")
-    accumulators = {name: make_accumulator(name, layer, "default", trainer.args) for name, layer in layers.items()}
+    adapter = trainer.model.lora_ga
+    accumulators = {name: make_accumulator(weight, trainer.args) for name, weight in adapter.weights.items()}
     with trainer.estimating(trainer.args.ga_seed) as (batches, _):
-        num_items = count_items(trainer.model, batches)
-        estimate_gradients(
-            trainer.model, layers, accumulators, batches, trainer.estimation_loss, num_items,
-            adapter_is_zero=adapter_is_zero,
-        )  # fmt: skip
+        estimate_gradients(adapter, accumulators, Objective(trainer.model, batches, trainer.estimation_loss))
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
 

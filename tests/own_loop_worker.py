@@ -16,11 +16,13 @@ from forked_python import import_deepspeed
 from tiny import peft_pair, tiny_batches
 from torch.distributed.fsdp import fully_shard
 
-from lora_ga_trainer import LoRAGAArguments, accumulator, backends, factorization, initialize_lora_ga
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
+from lora_ga_trainer.distributed import backends
 from lora_ga_trainer.distributed.backends import full_tensor
-from lora_ga_trainer.gradient.estimation import language_model_loss
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.gradient import accumulator
+from lora_ga_trainer.gradient.objective import language_model_loss
+from lora_ga_trainer.initialization import attach_lora_ga, factorization
 
 deepspeed = import_deepspeed()
 CONFIG = LoRAGAArguments(ga_estimator="exact")

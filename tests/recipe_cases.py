@@ -7,16 +7,12 @@ import code_feedback
 import glue
 import metamath
 import wizardlm
-from tiny import CONFIGS, letter_tokenizer, tiny_t5, word_tokenizer
+from tiny import CONFIGS, tiny_t5, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 CAUSAL = {recipe.name: recipe for recipe in (metamath.RECIPE, wizardlm.RECIPE, code_feedback.RECIPE)}
 RECIPES = CAUSAL | {"glue": glue.RECIPE}
 LABEL_WORDS = ("negative", "positive")
-
-
-LENGTHS = {"metamath": 60, "wizardlm": 60, "code_feedback": 300}
-"""In words, and where a fence is to stop the answer in letters."""
 
 
 def rows_for(recipe: str, count: int = 60) -> list[dict[str, str]]:
@@ -46,11 +42,10 @@ def save_model(folder: Path, recipe: str = "metamath") -> Path:
         tiny_t5().save_pretrained(folder)
         word_tokenizer(LABEL_WORDS).save_pretrained(folder)
         return folder
-    tokenizer = letter_tokenizer() if recipe == "code_feedback" else word_tokenizer()  # a fence is a stop string
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 1
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -75,6 +70,6 @@ def options(recipe: str, folder: Path, **overrides) -> list[str]:
         "use_cpu": "true",
         "disable_tqdm": "true",
     }
-    values |= {"evaluation_file": data, "evaluate": "false"} if recipe == "glue" else {"max_length": LENGTHS[recipe]}
+    values |= {"evaluation_file": data, "evaluate": "false"} if recipe == "glue" else {"max_length": 60}
     values |= overrides
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]

@@ -75,7 +75,7 @@ def test_the_commands_are_listed(arguments, capsys):
 
 
 def test_a_wrong_command_says_which_there_are():
-    assert "'train' is no command of lora-ga. There are sft, export, eval, inspect, compare" in error_of(["train"])
+    assert "'train' is no command of lora-ga. There are sft, export, inspect, compare" in error_of(["train"])
 
 
 def test_help_and_wrong_usage_do_not_wait_for_torch():
@@ -130,20 +130,10 @@ def test_the_help_of_sft_fits_a_screen_and_names_real_options(capsys):
         assert str(shown).lower().removesuffix(".0") == value.lower(), f"the default of {name}"
     main(["sft", "--help_all"])
     assert "--adam_beta2" in capsys.readouterr().out
-
-
-def test_both_ways_to_export_and_to_evaluate_are_one(capsys):
-    from lora_ga_trainer.checkpoint.__main__ import main as export_main
-    from lora_ga_trainer.cli import eval as eval_command
-    from lora_ga_trainer.cli import export as export_command
-    from lora_ga_trainer.evaluation.__main__ import main as evaluation_main
-
-    assert export_main is export_command.main and evaluation_main.func is eval_command.main
-    for command in (["eval", "gsm8k", "--help"], ["export", "--help"]):
-        with pytest.raises(SystemExit):
-            main(command)
-        said = capsys.readouterr().out
-        assert f"usage: lora-ga {' '.join(command[:-1])} [--config FILE.yaml]" in said and len(said.splitlines()) < 50
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    said = capsys.readouterr().out
+    assert "usage: lora-ga export [--config FILE.yaml]" in said and len(said.splitlines()) < 50
 
 
 # --- sft --------------------------------------------------------------------------------------------------------------
@@ -274,19 +264,16 @@ def test_what_sft_refuses(model, data, tmp_path, words, message):
         (["export", "--checkpoint_dir", "{folder}", "--out", "{data}/out"], "has no adapter_config.json"),
         (["inspect", "{folder}/run", "--out", "{data}/out"], "Not a directory"),
         (["compare", "{folder}/run", "--out", "{data}/out"], "Not a directory"),
-        (["eval", "gsm8k", "--base", "{folder}/nowhere", "--evaluation_file", "{data}"], "has no column 'question'"),
-        (["eval", "gsm8k", "--base", "{model}", "--evaluation_file", "{items}", "--output", "{data}/out"], "Not a dir"),
     ],
 )  # fmt: skip
 def test_files_and_folders_that_cannot_be_used_end_in_one_line(model, data, finished, tmp_path, command, message):
     """Whatever the system or a hub says: errors of the kind `OSError`, which no option's check has found before."""
     (tmp_path / "a::b.jsonl").write_text('{"text": "w1"}\n')
-    (tmp_path / "items.jsonl").write_text('{"question": "w1", "answer": "#### 1"}\n')
     (tmp_path / "empty").mkdir()
     shutil.copytree(model, tmp_path / "damaged")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"no weights")
     shutil.copytree(finished, tmp_path / "run")
-    names = {"data": data, "folder": tmp_path, "model": model, "items": tmp_path / "items.jsonl"}
+    names = {"data": data, "folder": tmp_path, "model": model}
     words = [word.format(**names) for word in command]
     if command[0] == "sft":
         words = ["sft", "--model_name_or_path", model, *options(tmp_path / "out", max_steps=1), *words[1:]]

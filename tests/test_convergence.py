@@ -9,7 +9,7 @@ import convergence_report
 import pytest
 import yaml
 from convergence_analysis import Arm, near_best, steps_to
-from finetune import parse
+from finetuning.run import parse
 from peft_lora_ga import with_pefts_lora_ga
 from recipe_cases import options, write
 from results import Results

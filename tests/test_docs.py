@@ -13,7 +13,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +22,17 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-from finetune import parse
+from evaluation import mt_bench
+from finetuning.run import parse
+from lm_eval._cli import HarnessCLI
+from lm_eval.tasks import TaskManager
 from recipe_cases import RECIPES
 from tiny import letter_tokenizer, tiny_model
 from transformers import training_args
 
 import lora_ga_trainer
 from lora_ga_trainer import LoRAGASFTConfig
-from lora_ga_trainer.cli import compare, eval, export, inspect, sft
+from lora_ga_trainer.cli import compare, export, inspect, sft
 from lora_ga_trainer.cli.parsing import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +171,8 @@ def check_command(words: list[str], folder: Path) -> None:
             check_program(
                 (["-m"] if launch.module else []) + [launch.training_script, *launch.training_script_args], folder
             )
+        case ["lm_eval", *options]:
+            check_lm_eval(options)
         case ["lora-ga", command, *options]:
             check_subcommand(command, options)
         case ["python", *program]:
@@ -179,10 +183,6 @@ def check_command(words: list[str], folder: Path) -> None:
 
 def check_program(words: list[str], folder: Path) -> None:
     match words:
-        case ["-m", "lora_ga_trainer.checkpoint", *options]:
-            check_subcommand("export", options)
-        case ["-m", "lora_ga_trainer.evaluation", *options]:
-            check_subcommand("eval", options)
         case ["-m", "lora_ga_trainer.cli.sft", *options]:
             check_subcommand("sft", options)
         case [path, *options] if path in RECIPE_FILES:
@@ -190,6 +190,10 @@ def check_program(words: list[str], folder: Path) -> None:
                 place = options.index("--config") + 1
                 options[place] = str(ROOT / options[place])
             parse(RECIPE_FILES[path], [*options, *ON_A_CPU, "--output_dir", str(folder)])
+        case ["-m", "lm_eval", *options]:
+            check_lm_eval(options)
+        case ["recipes/evaluation/mt_bench.py", *options]:
+            parse_options((mt_bench.ModelArguments, mt_bench.MTBenchArguments), options, "mt_bench.py")
         case [path, *options] if (ROOT / path).is_file():
             source = (ROOT / path).read_text()  # its parser is made inside of its `main`
             for option in options:
@@ -200,17 +204,19 @@ def check_program(words: list[str], folder: Path) -> None:
             raise AssertionError(f"there is no {' '.join(words[:2])}")
 
 
+def check_lm_eval(options: list[str]) -> None:
+    args = HarnessCLI()._parser.parse_args(["run", *options])
+    if args.include_path is not None:  # the harness's own tasks would take seconds
+        manager = TaskManager(include_path=ROOT / args.include_path, include_defaults=False)
+        assert manager.match_tasks(args.tasks), args.tasks
+
+
 def check_subcommand(command: str, options: list[str]) -> None:
     match command:
         case "sft":
             parse_options((sft.DataArguments, LoRAGASFTConfig, sft.AdapterConfig), [*options, *ON_A_CPU], "lora-ga sft")
         case "export":
             parse_options((export.ExportArguments,), options, "lora-ga export")
-        case "eval":
-            benchmark, *options = options
-            name = eval.BENCHMARKS[benchmark]
-            arguments = getattr(import_module(f"lora_ga_trainer.evaluation.{benchmark}"), name)
-            parse_options((eval.ModelArguments, arguments), options, "lora-ga eval")
         case "inspect" | "compare":
             # Their options are few, and end in argparse's own exit, 2, where they are wrong; the runs of a page are not here.
             with pytest.raises(SystemExit, match=r"^error: There is no folder"):
@@ -243,9 +249,10 @@ def test_commands(page, tmp_path, monkeypatch):
         "python recipes/metamath.py --config recipes/configs/none.yaml",
         "accelerate launch --config_file accelerate_configs/none.yaml recipes/glue.py",
         "accelerate launch --no_such_option recipes/glue.py --x 1",
-        "python -m lora_ga_trainer.evaluation gsm8k --base M --no_such_option 1",
-        "python -m lora_ga_trainer.evaluation none --base M",
-        "python -m lora_ga_trainer.checkpoint --out adapter",
+        "lm_eval --model hf --model_args pretrained=M --tasks gsm8k --no_such_option 1",
+        "lm_eval --model hf --model_args pretrained=M --tasks gsm8k_none --include_path recipes/evaluation",
+        "python recipes/evaluation/mt_bench.py --no_such_option 1",
+        "lora-ga export --out adapter",
         "lora-ga train --model_name_or_path M",
         "lora-ga sft --model_name_or_path M",
         "lora-ga sft --model_name_or_path M --dataset_path d.jsonl --no_such_option 1",
@@ -305,14 +312,12 @@ def test_the_file_tree_is_complete():
     (tree,) = (block.code for block in blocks_of(ROOT / "README.md") if block.language == "text")
     files = [
         *(ROOT / "lora_ga_trainer").rglob("*.py"),
-        *(ROOT / "recipes").glob("*.py"),
+        *(ROOT / "recipes").rglob("*.py"),
         *(ROOT / "examples").glob("*.py"),
     ]
     named = set(re.findall(r"[\w.]+\.py|[a-z_]+/", tree))
     missing = [name_of(path) for path in files if path.name not in named and not path.name.startswith("_")]
-    inner = re.compile(
-        r"lora_ga_trainer/(evaluation/(arguments|generation|loading|results|sources)|inspection/\w+)\.py"
-    )
+    inner = re.compile(r"lora_ga_trainer/inspection/\w+\.py")
     assert not [path for path in missing if not inner.fullmatch(path)]
     tops = [path for path in ROOT.iterdir() if not path.name.startswith(".")]
     there = {path.name for top in tops for path in (top, *top.rglob("*"))}

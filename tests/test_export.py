@@ -77,7 +77,7 @@ def test_the_merged_model(trained, tmp_path):
 
 def test_from_the_command_line(trained, tmp_path):
     base, checkpoint = trained
-    command = [PYTHON, "-m", "lora_ga_trainer.checkpoint", "--checkpoint_dir", str(checkpoint)]
+    command = [PYTHON, "-m", "lora_ga_trainer.cli", "export", "--checkpoint_dir", str(checkpoint)]
 
     def run(*options: str) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *options], env=environment(), capture_output=True, text=True)

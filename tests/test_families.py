@@ -42,9 +42,8 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_estimator="exact")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -177,11 +176,9 @@ def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
     model, base = pair(family, dtype=dtype)
     report = initialize_lora_ga(model, tiny_batches(), CONFIG, disable_tqdm=True)
     assert torch.equal(logits(model), logits(base))
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     assert report.alignment.keys() == layers.keys()
-    assert all(
-        layer.lora_A["default"].frozen.any() and layer.lora_B["default"].frozen.any() for layer in layers.values()
-    )
+    assert all(layer.A.frozen.any() and layer.B.frozen.any() for layer in layers.values())
     if FAMILIES[family][1] == "all-linear":  # really all of them, but the head
         linear = [
             name

@@ -4,23 +4,20 @@ import json
 
 import pytest
 import torch
+from data.glue_tasks import TASKS, cut, label_of, load_split, prompt_of
 from datasets import Dataset
-from tiny import tiny_model, tiny_t5
-
-from lora_ga_trainer.evaluation.glue import (
-    TASKS,
-    GLUEArguments,
-    evaluate,
-    label_word_of,
-    load_split,
-    log_probabilities,
-    prompt_of,
-)
+from evaluation.arguments import EvaluationArguments
+from evaluation.glue import accuracy, dev_set
+from evaluation.harness import evaluate
+from recipe_cases import LABEL_WORDS
+from tiny import tiny_model, tiny_t5, word_tokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 
 def test_prompts_are_instruction_texts_and_result():
-    assert prompt_of(TASKS["mnli"], {"premise": "a", "hypothesis": "b"}).endswith("text: a\nb\nresult: ")
-    assert prompt_of(TASKS["qnli"], {"question": "a?", "sentence": "b"}).endswith("sentence: a?\nb\nresult: ")
+    assert prompt_of(TASKS["mnli"], {"premise": "a", "hypothesis": "b"}).endswith("text: a\nb\nresult:")
+    assert prompt_of(TASKS["qnli"], {"question": "a?", "sentence": "b"}).endswith("sentence: a?\nb\nresult:")
     assert {name: task.label_words for name, task in TASKS.items()} == {
         "mnli": ("entailment", "neutral", "contradiction"),
         "sst2": ("negative", "positive"),
@@ -30,65 +27,70 @@ def test_prompts_are_instruction_texts_and_result():
     }
 
 
+def test_a_prompt_is_cut_where_its_tokens_are(tokenizer):
+    assert cut("w1 w2  w3 w4", tokenizer, 3) == "w1 w2  w3"
+    assert cut("w1 w2 w3", tokenizer, 3) == "w1 w2 w3"
+
+
 def test_labels_are_numbers_or_words():
     task = TASKS["mnli"]
-    assert [label_word_of(task, label) for label in (0, 2, "neutral")] == ["entailment", "contradiction", "neutral"]
+    assert [label_of(task, label) for label in (0, 2, "neutral")] == [0, 2, 1]
     for label in (-1, 3, "yes"):
         with pytest.raises(ValueError, match=r"is none of 0 \(entailment\), 1 \(neutral\).*use the dev set"):
-            label_word_of(task, label)
+            label_of(task, label)
 
 
-class LabelWords:
-    """`word_tokenizer`, for which the label words are words of its own: one of one token, one of three."""
-
-    WORDS = {"negative": "w5", "positive": "w6 w7 w8"}
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text, **options):
-        return self.tokenizer(self.WORDS.get(text, text) if isinstance(text, str) else text, **options)
+@pytest.fixture
+def t5(tmp_path) -> str:
+    """A folder with the tiny T5; "positive" is one token of its tokenizer, "negative" has none of its own and is two."""
+    tiny_t5().save_pretrained(tmp_path / "t5")
+    tokenizer = word_tokenizer(LABEL_WORDS)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("negative", "w5 w6")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    return str(tmp_path / "t5")
 
 
-def test_probabilities_are_means_over_the_words_tokens(tokenizer):
-    model, words = tiny_t5().train(), ("negative", "positive")
-    prompts = ["w1 w2 w3", "w4", "w9 w1"]
-    found = log_probabilities(model, LabelWords(tokenizer), prompts, words, 128)
-    assert model.training
-    for prompt, values in zip(prompts, found, strict=True):
-        for word, value in zip(words, values, strict=True):
-            ids = tokenizer(LabelWords.WORDS[word], return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                # one prompt by itself; the model's own loss is minus the mean log-probability of the labels
-                loss = model.eval()(**tokenizer(prompt, return_tensors="pt"), labels=ids).loss
-            assert value == pytest.approx(-loss.item(), rel=1e-5)  # float32, padded to another length
-            model.train()
-
-
-def test_evaluate(tokenizer, tmp_path):
-    rows = [{"sentence": f"w{i} w{i + 1}", "label": i % 2} for i in range(9)]
+def test_the_likeliest_label_word_is_that_of_the_highest_mean(t5, tmp_path):
+    """Each against the model's own loss on it, for one prompt by itself, in the tokens of the training."""
+    rows = [{"sentence": f"w{i} w{i + 1}" + " w3" * (i % 3), "label": i % 2} for i in range(9)]
     Dataset.from_list(rows).to_parquet(tmp_path / "dev.parquet")
-    model, words = tiny_t5(), LabelWords(tokenizer)
-    args = GLUEArguments(task="sst2", evaluation_file=str(tmp_path / "dev.parquet"), evaluation_batch_size=4)
-    results = evaluate(model, words, tmp_path, args)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    prompts = [prompt_of(TASKS["sst2"], row) for row in rows]
-    expected = log_probabilities(model, words, prompts, ("negative", "positive"), 128)
-    predicted = ["positive" if positive > negative else "negative" for negative, positive in expected]
-    assert [prediction["predicted"] for prediction in results["predictions"]] == predicted
-    right = sum(word == TASKS["sst2"].label_words[row["label"]] for word, row in zip(predicted, rows, strict=True))
-    assert (results["right"], results["count"], results["score"]) == (right, 9, right / 9)
-    for prediction in results["predictions"]:
-        assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+    model, tokenizer = tiny_t5(), AutoTokenizer.from_pretrained(t5)
+    args = EvaluationArguments(evaluation_file=str(tmp_path / "dev.parquet"), evaluation_batch_size=4)
+    found = evaluate(model, tokenizer, ["sst2_label_words"], tmp_path / "out", args, {"pretrained": t5})
+    (samples,) = (tmp_path / "out").glob("samples_*.jsonl")
+    items = [json.loads(line) for line in samples.open()]
+
+    assert items[0]["doc"]["tokens"] == [2, 1]
+    right = 0
+    for row, item in zip(rows, items, strict=True):
+        prompt = tokenizer(prompt_of(TASKS["sst2"], row), return_tensors="pt")
+        means = []
+        for word, (total, _) in zip(LABEL_WORDS, item["filtered_resps"], strict=True):
+            ids = tokenizer(f" {word}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                means.append(-model.eval()(**prompt, labels=ids).loss.item())
+            assert float(total) / ids.numel() == pytest.approx(means[-1], rel=1e-5)  # float32, padded to another length
+        right += means[row["label"]] == max(means)
+        assert item["acc"] == (means[row["label"]] == max(means))
+    assert (found["sst2_label_words"]["acc,none"], found["sst2_label_words"]["sample_len"]) == (right / 9, 9)
 
 
-def test_what_is_refused(tokenizer, tmp_path):
+def test_words_of_any_length_alike():
+    """By the sum the shorter word would win; by the mean the longer one does."""
+    question = {"tokens": [4, 1], "label": 0}
+    assert accuracy(question, [(-4.0, False), (-2.0, False)]) == {"acc": 1}
+    assert accuracy(question | {"label": 1}, [(-4.0, False), (-2.0, False)]) == {"acc": 0}
+
+
+def test_what_is_refused(t5, tmp_path):
     (tmp_path / "dev.jsonl").write_text('{"text": "a", "label": 0}\n')
     with pytest.raises(ValueError, match="no column 'sentence', only text, label"):
         load_split("sst2", "validation", str(tmp_path / "dev.jsonl"))
+    tiny_model().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="asks encoder-decoder models such as T5, but this is a llama"):
-        evaluate(tiny_model(), tokenizer, tmp_path, GLUEArguments())
+        dev_set("sst2", str(tmp_path / "llama"))
+    with pytest.raises(ValueError, match="nyu-mll/glue cannot be loaded from the hub"):
+        dev_set("mnli", t5)
     (tmp_path / "test.jsonl").write_text('{"sentence": "a", "label": -1}\n')
-    args = GLUEArguments(evaluation_file=str(tmp_path / "test.jsonl"))
     with pytest.raises(ValueError, match="The label -1 is none of"):
-        evaluate(tiny_t5(), tokenizer, tmp_path, args)
+        dev_set("sst2", t5, evaluation_file=str(tmp_path / "test.jsonl"))

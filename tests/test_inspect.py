@@ -18,7 +18,6 @@ from tiny import lora_config, peft_pair, sft_arguments, tiny_batches, tiny_model
 from trl import SFTTrainer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint.state import read_state
 from lora_ga_trainer.cli.__main__ import main
 from lora_ga_trainer.inspection import figures
@@ -66,7 +65,7 @@ def test_the_spectra_are_those_of_autograds_gradient():
     model, base = peft_pair()
     batches = tiny_batches()
     report = initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact"), disable_tqdm=True)
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
         _, s, _ = dense_reference.singular_vectors(grad_OI)
         # float32 gradients of float32 models; the smallest of the 2r is a hundredth of the largest or more
@@ -169,12 +168,12 @@ def test_the_norms_are_those_of_the_parameters(tmp_path, offset):
     trainer = train(tmp_path / "run", ga_offset=offset, max_steps=4)
     snapshots = read_snapshots(tmp_path / "run")
     assert list(snapshots) == [2, 4]
-    layers = delta_layers(trainer.model, "default").values()
+    layers = trainer.model.lora_ga.weights.values()
     expected = {
-        "A0": [layer.lora_A["default"].frozen for layer in layers],
-        "dA": [layer.lora_A["default"].trainable for layer in layers],
-        "B0": [layer.lora_B["default"].frozen for layer in layers] if offset else [],
-        "dB": [layer.lora_B["default"].trainable if offset else layer.lora_B["default"].weight for layer in layers],
+        "A0": [layer.A.frozen for layer in layers],
+        "dA": [layer.A.trainable for layer in layers],
+        "B0": [layer.B.frozen for layer in layers] if offset else [],
+        "dB": [layer.B.trainable if offset else layer.B.weight for layer in layers],
     }
     found = snapshots[4].norms
     assert found.keys() == {part for part, values in expected.items() if values}
@@ -384,7 +383,7 @@ def test_one_bar_and_one_block(logging_on, caplog, capsys):
 
 
 def test_padding_free_batches_are_counted_in_samples():
-    from lora_ga_trainer.gradient.estimation import count_examples
+    from lora_ga_trainer.gradient.objective import count_examples
 
     rows = torch.zeros(3, 5, dtype=torch.long)
     assert count_examples({"input_ids": rows, "labels": rows}) == 3

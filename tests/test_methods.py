@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from baselines import LORA_PLUS_RATIO, check_saves_whole, check_whole_parameters, orthogonality
-from finetune import finetune, parse
-from methods import METHODS, MethodConfig, adapter_config
+from finetuning.run import finetune, parse
+from methods.baselines import LORA_PLUS_RATIO, check_saves_whole, check_whole_parameters, orthogonality
+from methods.table import METHODS, MethodConfig, adapter_config
 from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from recipe_cases import RECIPES, options

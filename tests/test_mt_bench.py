@@ -25,13 +25,16 @@ from pathlib import Path
 import pytest
 import torch
 from launching import PYTHON, environment, torchrun
-from tiny import tiny_model, word_tokenizer
 
-from lora_ga_trainer.distributed.backends import gather_objects
-from lora_ga_trainer.evaluation import mt_bench
-from lora_ga_trainer.evaluation.judge import API_KEY, JudgeArguments, Request, judge, make_requests, rating
-from lora_ga_trainer.evaluation.mt_bench import (
-    MTBenchArguments,
+sys.path += [str(Path(__file__).parents[1] / "recipes")]  # for when this file is a script
+
+from answering import greedy
+from data.prompts import alpaca_prompt
+from evaluation import mt_bench
+from evaluation.arguments import JudgeArguments, MTBenchArguments
+from evaluation.judge import API_KEY, Request, judge, make_requests, rating
+from evaluation.model import HarnessModel
+from evaluation.mt_bench import (
     evaluate,
     load_questions,
     load_references,
@@ -39,6 +42,9 @@ from lora_ga_trainer.evaluation.mt_bench import (
     second_prompt,
     write_answers,
 )
+from tiny import tiny_model, word_tokenizer
+
+from lora_ga_trainer.distributed.backends import gather_objects
 
 KEY = "sk-a-secret-of-the-tests"
 QUESTIONS = [
@@ -144,6 +150,10 @@ def key(monkeypatch):
     monkeypatch.setenv(API_KEY, KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def asked_model() -> HarnessModel:
+    return HarnessModel(pretrained=tiny_model(), tokenizer=word_tokenizer(), batch_size=2)
 
 
 def judge_arguments(server, **options) -> JudgeArguments:
@@ -264,7 +274,7 @@ def test_fastchat_reads_the_judgments(fastchat, server, tmp_path, capsys):
     pytest.importorskip("pandas")
     server.replies = ["[[8]]", "no idea", "[[4.5]]", "[[1]]"]
     args = evaluation_arguments(tmp_path, server, judge_parallel=1)
-    results = evaluate(tiny_model(), word_tokenizer(), tmp_path, args)
+    results = evaluate(asked_model(), tmp_path, args)
     file = tmp_path / "model_judgment/gpt-4_single.jsonl"
     show = run_source(fastchat.folder / "llm_judge/scripts/show_result.py")
     show.display_result_single(Namespace(input_file=str(file), model_list=["lora-ga"]))
@@ -364,10 +374,10 @@ def test_a_declined_judgment_is_unrated(server, tmp_path):
 def test_the_key_goes_to_the_endpoint_and_nowhere_else(server, tmp_path, monkeypatch, capsys, given):
     if given is None:  # a server of one's own seldom asks for one
         monkeypatch.delenv(API_KEY)
-    evaluate(tiny_model(), word_tokenizer(), tmp_path, evaluation_arguments(tmp_path, server))
+    evaluate(asked_model(), tmp_path, evaluation_arguments(tmp_path, server))
     assert set(server.keys) == {f"Bearer {given or 'none'}"}
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 7 and not any(KEY.encode() in path.read_bytes() for path in written)
+    assert len(written) == 5 and not any(KEY.encode() in path.read_bytes() for path in written)
     assert KEY not in "".join(capsys.readouterr())
 
 
@@ -375,7 +385,7 @@ def test_openai_needs_a_key_before_anything_is_generated(tmp_path, monkeypatch):
     monkeypatch.delenv(API_KEY)
     args = evaluation_arguments(tmp_path, Namespace(url=None))
     with pytest.raises(ValueError, match="the environment variable OPENAI_API_KEY is not set"):
-        evaluate(None, None, tmp_path, args)
+        evaluate(None, tmp_path, args)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -464,9 +474,12 @@ def evaluation_arguments(folder, server, **options) -> MTBenchArguments:
 
 def test_answers_then_judgments(server, tmp_path):
     """Without a judge there are answers and no score; naming one in the same folder rates them, and generates nothing."""
-    tokenizer, folder = word_tokenizer(), tmp_path / "run"
-    folder.mkdir()
-    unrated = evaluate(tiny_model(), tokenizer, folder, evaluation_arguments(tmp_path, None))
+    folder = tmp_path / "run"
+    with pytest.raises(
+        ValueError, match="no answer to question 90. Name the model that is to answer with `pretrained`"
+    ):
+        evaluate(None, folder, evaluation_arguments(tmp_path, None))
+    unrated = evaluate(asked_model(), folder, evaluation_arguments(tmp_path, None))
     assert unrated["score"] is None and unrated["count"] == 2 and unrated["rated_turns"] == 0
     assert not server.asked
 
@@ -479,14 +492,14 @@ def test_answers_then_judgments(server, tmp_path):
     for prediction in unrated["predictions"]:
         first, second = prediction["answers"]
         assert [first, second] == by_id[prediction["question_id"]] and first and second
-    prompts = {int(row["id"]): row["prompt"] for row in read_rows(folder / "answers_turn_2.jsonl")}
-    for question in QUESTIONS:
-        first = by_id[question["question_id"]][0]
-        assert prompts[question["question_id"]] == second_prompt(question["turns"], first, tokenizer.eos_token)
+    for question in QUESTIONS:  # greedily, and the second turn after the first answer
+        first, second = by_id[question["question_id"]]
+        prompts = alpaca_prompt(question["turns"][0]), second_prompt(question["turns"], first, "</s>")
+        assert [first, second] == [greedy(tiny_model(), word_tokenizer(), prompt, 6).strip() for prompt in prompts]
 
     server.replies = ["[[8]]", "[[2]]", "no rating", "[[5]]"]
     args = evaluation_arguments(tmp_path, server, judge_parallel=1)
-    rated = evaluate(None, tokenizer, folder, args)  # there is no model to generate with
+    rated = evaluate(None, folder, args)  # there is no model to generate with
     # asked in turn: 90 and 81 on the first turn, then both on the second
     assert rated["first_turn"] == 5 and rated["second_turn"] == 5 and rated["score"] == (8 + 2 + 5) / 3
     assert rated["categories"] == {"writing": 8, "math": 3.5}
@@ -499,6 +512,24 @@ def test_answers_then_judgments(server, tmp_path):
     assert [row["answer_id"] for row in read_rows(folder / "model_answer/lora-ga.jsonl")] == [
         row["answer_id"] for row in rows
     ]
+
+
+def test_the_program_answers_and_later_rates(server, tmp_path, monkeypatch, capsys):
+    args = evaluation_arguments(tmp_path, None)
+    tiny_model().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+
+    def run(*options) -> str:
+        files = ("--evaluation_file", args.evaluation_file, "--reference_file", args.reference_file)
+        monkeypatch.setattr(sys, "argv", ["mt_bench.py", *files, "--output", str(tmp_path / "out"), *map(str, options)])
+        mt_bench.main()
+        return capsys.readouterr().out
+
+    answering = ("--pretrained", tmp_path / "base", "--max_new_tokens", 6)
+    assert "mt_bench: score None on 2 items." in run(*answering) and not server.asked
+    assert "mt_bench: score 7.0 on 2 items." in run("--judge_model", "gpt-4", "--judge_url", server.url)
+    with pytest.raises(SystemExit, match="error: .*model_answer/other.jsonl has no answer to question 90"):
+        run("--model_id", "other")
 
 
 @pytest.mark.parametrize(
@@ -555,7 +586,6 @@ def test_two_processes_share_results_and_errors(server, tmp_path):
         return "[[7]]"
 
     server.replies, server.otherwise = refusals, slowly
-    (tmp_path / "run").mkdir()
     (tmp_path / "sharing.json").write_text(json.dumps({"url": server.url}))
     first, second = torchrun("test_mt_bench.py", tmp_path)
     assert first["error"] == second["error"] and "status 400" in first["error"]
@@ -582,10 +612,10 @@ def share(out: Path) -> None:
     with state.main_process_first():
         args = evaluation_arguments(out, Namespace(url=url), judge_parallel=1)
     try:
-        evaluate(tiny_model(), word_tokenizer(), out / "run", args)
+        evaluate(asked_model(), out / "run", args)
     except ValueError as error:
         refused = str(error)
-    results = evaluate(tiny_model(), word_tokenizer(), out / "run", args)
+    results = evaluate(asked_model(), out / "run", args)
     assert on_main_process(lambda: state.process_index) == 0
     torch.save({"error": refused, "results": results, "meetings": meetings}, out / f"{state.process_index}.pt")
     state.wait_for_everyone()

@@ -39,7 +39,7 @@ from lora_ga_trainer import (
     initialize_lora_ga,
 )
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 FAMILIES = ("llama", "llama_tied", "gpt2", "qwen2")
 

@@ -25,9 +25,8 @@ from lora_ga_trainer import (
     initialize_lora_ga,
     restart_lora_ga,
 )
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the extra `quant`")
 
@@ -170,9 +169,9 @@ def test_logits_stay_the_quantized_bases_bit_for_bit(folder, kind, dtype):
     model, base = adapted(load(folder, dtype)), load(folder, dtype)
     before = stored(model)
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
-    layers = delta_layers(model, "default")
+    layers = model.lora_ga.weights
     assert len(layers) == 14
-    halves = [half["default"] for layer in layers.values() for half in (layer.lora_A, layer.lora_B)]
+    halves = [half for weight in layers.values() for half in (weight.A, weight.B)]
     assert all(half.frozen.any() for half in halves)
     assert torch.equal(logits(model), logits(base))
     assert same_bytes(stored(model), before)
@@ -225,12 +224,12 @@ def test_weight_svd_dequantizes_and_leaves_the_layer_as_it_was(folder, kind):
     initialize_lora_ga(
         model, tiny_batches(), LoRAGAArguments(ga_scale="weight_svd", ga_estimator="exact"), disable_tqdm=True
     )
-    for name, layer in delta_layers(model, "default").items():
+    for name, layer in model.lora_ga.weights.items():
         weight_OI = dequantized(base.get_submodule(name.removeprefix("base_model.model.")))
         c = dense_reference.scale(
             "weight_svd", out_features=None, rank=2, scaling=scaling, gamma=None, weight_OI=weight_OI.detach()
         )
-        for rows in (layer.lora_A["default"].frozen, layer.lora_B["default"].frozen.T):
+        for rows in (layer.A.frozen, layer.B.frozen.T):
             assert rows.norm(dim=1).tolist() == pytest.approx([c, c], rel=1e-5)  # unit vectors times c, float32
     assert torch.equal(logits(model), logits(base)) and same_bytes(stored(model), before)
     model(**tiny_batches()[0]).loss.backward()
@@ -362,8 +361,8 @@ def test_one_run_from_a_path_and_a_quantization_config(trained, folder):
 
 def test_all_of_an_adapter_is_in_one_dtype(trained):
     """TRL casts what trains to bf16 under a quantized base; the frozen halves are made after that, and like it."""
-    layers = delta_layers(trained[1].model, "default").values()
-    halves = [half["default"] for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    layers = trained[1].model.lora_ga.weights.values()
+    halves = [half for weight in layers for half in (weight.A, weight.B)]
     assert {parameter.dtype for half in halves for parameter in half.parameters()} == {torch.bfloat16}
 
 
@@ -498,8 +497,8 @@ def test_without_a_backward_they_are_refused(peft_class):
         ValueError, match=r"4 quantized layers pass no gradient.*o_proj.*Int8Linear.*kernel that can train"
     ):
         initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
-    layers = delta_layers(model, "default").values()
-    assert not any(layer.lora_A["default"].frozen.any() for layer in layers), "nothing was written"
+    layers = model.lora_ga.weights.values()
+    assert not any(layer.A.frozen.any() for layer in layers), "nothing was written"
 
 
 def test_torchaos_dynamic_activations_are_refused():

@@ -5,17 +5,17 @@ from statistics import mean
 import dense_reference
 import pytest
 import torch
-from demo_model import demo_model_path
-from gsm_symbolic import gsm_symbolic
+from data.demo_model import demo_model_path
+from data.gsm_symbolic import gsm_symbolic
 from metamath import to_prompt_completion
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.gradient.estimation import count_items, estimate_gradients, language_model_loss, make_accumulator
+from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator
+from lora_ga_trainer.gradient.objective import Objective
+from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.initialization.factorization import factor_gradient
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +84,19 @@ def test_how_much_of_the_exact_alignment_the_sketch_reaches(path, batches):
         "two passes": LoRAGAArguments(),
         "three passes": LoRAGAArguments(ga_sketch_passes=3),
     }
-    layers = delta_layers(model, attach_lora_ga(model, LoRAGAArguments()))
+    adapter = attach_lora_ga(model, LoRAGAArguments())
+    weights = adapter.weights
     accumulators = {
-        kind: {name: make_accumulator(name, layer, "default", config) for name, layer in layers.items()}
+        kind: {name: make_accumulator(weight, config) for name, weight in weights.items()}
         for kind, config in configs.items()
     }
-    together = {name: Together([of_kind[name] for of_kind in accumulators.values()]) for name in layers}
-    estimate_gradients(model, layers, together, batches, language_model_loss, count_items(model, batches))
+    together = {name: Together([of_kind[name] for of_kind in accumulators.values()]) for name in weights}
+    estimate_gradients(adapter, together, Objective(model, batches))
     alignment = {kind: {} for kind in configs}
-    for name, layer in layers.items():
+    for name, weight in weights.items():
         grad_OI = accumulators["exact"][name].grad_OI
         for kind, config in configs.items():
-            factors = factor_gradient(name, layer, accumulators[kind][name], "default", config)
+            factors = factor_gradient(weight, accumulators[kind][name], config)
             # against the exact gradient, also for the sketch
             true = alignment[kind][name] = dense_reference.alignment(grad_OI, factors.a_RI, factors.b_OR)
             # what is logged is near what is true: ‖G‖ of the sketch is an estimate
@@ -114,7 +115,7 @@ def test_bf16_logits_after_the_init_are_the_base_models_bit_for_bit(path, batche
     with model.disable_adapter():
         base = logits(model, short)
     initialize_lora_ga(model, [short], LoRAGAArguments(ga_estimator="exact"), disable_tqdm=True)
-    assert all(layer.lora_B["default"].frozen.any() for layer in delta_layers(model, "default").values())
+    assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     assert torch.equal(logits(model, short), base)
 
 
@@ -136,8 +137,8 @@ def test_the_saved_adapter_in_bf16_keeps_the_trained_function(path, batches, tmp
     rms = {}
     for form in ("ours", "usual"):
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, dtype="float32"), tmp_path)
-        for name, layer in delta_layers(model, "default").items():
-            target, A, B = loaded.get_submodule(name), layer.lora_A["default"], layer.lora_B["default"]
+        for name, layer in model.lora_ga.weights.items():
+            target, A, B = loaded.get_submodule(name), layer.A, layer.B
             a, b = A.frozen + A.trainable, B.frozen + B.trainable
             with torch.no_grad():
                 if form == "usual":

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
-from alpaca_demo import alpaca_demo
+from answering import greedy
 from code_feedback import to_prompt_completion as code_prompt_completion
-from codeio import codeio
-from data import load_rows, prepare
-from finetune import finetune, parse, run
-from gsm_symbolic import gsm_symbolic
+from data.alpaca_demo import alpaca_demo
+from data.codeio import codeio
+from data.gsm_symbolic import gsm_symbolic
+from data.selection import load_rows, prepare
+from evaluation.gsm8k import final_number
+from finetuning.run import evaluate, finetune, parse, run
 from launching import PYTHON, ended_well, environment
 from metamath import MathDataArguments
 from peft import PeftModel
 from recipe_cases import CAUSAL, RECIPES, options, rows_for, save_model, write
+from safetensors.torch import load_file, save_file
+from tiny import word_tokenizer
 from transformers import AutoModelForCausalLM
-
-from lora_ga_trainer.evaluation.gsm8k import final_number
-from lora_ga_trainer.evaluation.loading import model_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,40 +305,64 @@ def test_committed_configs_parse(config, tmp_path):
         assert f"--config recipes/configs/{config.name} --evaluate" in config.read_text()
 
 
-def launch(folder, *arguments, launcher=()):
-    program = [PYTHON, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes/metamath.py")]
-    with_cache = environment() | {"HF_DATASETS_CACHE": str(folder / "cache")}
+def launch(folder, *arguments, launcher=(), program="recipes/metamath.py"):
+    command = [PYTHON, "-m", "accelerate.commands.launch", *launcher, str(ROOT / program)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), str(ROOT / "tests")])
+    with_cache = environment() | {"HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": paths}
     return subprocess.run(
-        [*program, *map(str, arguments)], capture_output=True, text=True, env=with_cache, timeout=300, cwd=ROOT
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=with_cache, timeout=300, cwd=ROOT
     )
 
 
-def test_a_run_on_two_processes(tmp_path):
-    """ZeRO-3: evaluation, generation and saving work on a model that is sharded, and only one process speaks."""
-    problems = write([{"question": f"w{i}", "answer": f"#### {i}"} for i in range(3)], tmp_path / "problems.jsonl")
+@pytest.mark.parametrize(
+    ("backend", "name", "more"),
+    [("zero3", "ZeRO-3", ()), ("fsdp2", "FSDP2", ("--fsdp_cpu_ram_efficient_loading", "true"))],
+)
+def test_a_run_on_two_processes(backend, name, more, tmp_path):
+    """Training, saving and evaluation of a sharded model, each item on one process; and only one process speaks."""
+    torch.manual_seed(0)  # for the model's random weights
+    asked = [f"w{i} w{i + 7}" for i in range(5)]
+    problems = write([{"question": question, "answer": "#### 1"} for question in asked], tmp_path / "problems.jsonl")
 
-    def train(**more):
+    def train(**resume):
+        flags = {
+            "learning_rate": 1e-3,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "ddp_backend": "gloo",
+            "use_cpu": "false",
+        } | resume
         run = launch(
-            tmp_path,
-            *options("metamath", tmp_path, save_strategy="steps", save_steps=2, ddp_backend="gloo", use_cpu="false", **more),
-            "--evaluate", "--evaluation_file", problems, "--max_new_tokens", 4,
-            launcher=("--config_file", "accelerate_configs/cpu/zero3.yaml", "--main_process_port", "0"),
+            tmp_path, *options("metamath", tmp_path, **flags),
+            "--evaluate", "--evaluation_file", problems, "--max_new_tokens", 12, program="tests/recipe_worker.py",
+            launcher=("--config_file", f"accelerate_configs/cpu/{backend}.yaml", "--main_process_port", "0", *more),
         )  # fmt: skip
         assert ended_well(run), run.stderr[-3000:]
         return run, sorted((tmp_path / "cache").rglob("*.arrow"))
 
     (run, prepared_once), out = train(), tmp_path / "out"
-    for text in ("Rows: ", "Held-out loss: ", "gsm8k: score 0.0 on 3 items"):
+    for text in ("Rows: ", "Held-out loss: ", "|gsm8k_metamath|", "All answers are in "):
         assert run.stdout.count(text) == 1, text
-    assert json.loads((out / "lora_ga.json").read_text())["launch"] == {"backend": "ZeRO-3", "world_size": 2}
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)
-    (evaluation,) = (out / "evaluation").iterdir()
-    assert len(json.loads((evaluation / "results.json").read_text())["predictions"]) == 3
+    launched = json.loads((out / "lora_ga.json").read_text())["launch"]
+    assert launched == {"backend": name, "world_size": 2}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)
+    answers = answers_in(out)
+    assert answers == {question: greedy(loaded, word_tokenizer(), f"Q: {question}\nA:", 12) for question in asked}
+    assert any(answers.values()), "something to compare"
+    if backend == "zero3":
+        resumed, prepared_twice = train(resume_from_checkpoint="True")
+        (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
+        assert loss in resumed.stdout
+        assert prepared_twice == prepared_once, "the same program finds its data in the cache"
 
-    resumed, prepared_twice = train(resume_from_checkpoint="True")
-    (loss,) = (line for line in run.stdout.splitlines() if line.startswith("Held-out loss"))
-    assert loss in resumed.stdout
-    assert prepared_twice == prepared_once, "the same program finds its data in the cache"
+
+def answers_in(out: Path) -> dict[str, str]:
+    """By question, as the harness has written them."""
+    (file,) = (out / "evaluation").glob("samples_*.jsonl")
+    samples = [json.loads(line) for line in file.open()]
+    answers = {sample["doc"]["question"]: sample["filtered_resps"][0] for sample in samples}
+    assert len(answers) == len(samples), "each once"
+    return answers
 
 
 def test_a_run_as_a_program(tmp_path):
@@ -373,7 +399,7 @@ def test_a_wrong_launch_ends_in_one_clear_error(tmp_path):
         (["--ga_direction", "up"], "`ga_direction` is 'up', but must be one of"),
         (["--no_such_option", "1"], "no_such_option"),
         (["--evaluation_limit", "0"], "`evaluation_limit` is 0, but must be at least 1"),
-        (["--evaluate", "--offline", "--evaluation_file", "x.jsonl"], "Both `offline` and `evaluation_file`"),
+        (["--evaluate", "--evaluation_file", "x.jsonl"], "There is no file x.jsonl"),
         (["--r", "30"], "rank 30 is too large for"),
     ],
 )
@@ -409,33 +435,73 @@ ITEMS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_benchmark_of_a_run(name, tmp_path, one_thread, capsys):
-    """`--evaluate` asks the model that was trained, and so does the evaluation by itself afterwards."""
-    recipe, (items, last) = RECIPES[name], (ITEMS[name], f"{name}.jsonl")
-    asked = options(name, tmp_path, evaluation_file=write(items, tmp_path / last), evaluate="true", max_new_tokens=4)
-    asked += ["--allow_code_execution", "true"] if name == "code_feedback" else []
-    options_of_run = parse(recipe, asked)
-    trainer = finetune(recipe, options_of_run)
-    benchmark = recipe.benchmark.__name__.split(".")[-1]
-    score = {"wizardlm": None, "glue": 0.5}.get(name, 0.0)
-    assert f"{benchmark}: score {score} on 2 items. All of them are in" in capsys.readouterr().out
-    (folder,) = (tmp_path / "out/evaluation").iterdir()
-    settings = json.loads((folder / "settings.json").read_text())
-    assert model_settings(str(tmp_path / "model"), "main", str(tmp_path / "out"), "float32").items() <= settings.items()
+@pytest.mark.parametrize(
+    ("name", "benchmark", "metric", "score"),
+    [
+        ("metamath", "gsm8k_metamath", "exact_match,none", 0),
+        ("wizardlm", "mt_bench", "score", None),
+        ("code_feedback", "humaneval_alpaca", "pass@1,sandbox", 0),
+        ("glue", "sst2_label_words", "acc,none", 0.5),
+    ],
+)
+def test_the_benchmark_of_a_run(name, benchmark, metric, score, tmp_path, capsys):
+    ((task, found),) = evaluated(name, tmp_path, "--confirm_run_unsafe_code", "true").items()
+    assert f"All answers are in {tmp_path / 'out/evaluation'}." in capsys.readouterr().out
+    assert (task, found[metric], found["count" if task == "mt_bench" else "sample_len"]) == (benchmark, score, 2)
 
-    results = json.loads((folder / "results.json").read_text())
-    assert len(results["predictions"]) == 2
-    (tmp_path / "again").mkdir()
-    loaded = PeftModel.from_pretrained(recipe.auto_class.from_pretrained(tmp_path / "model"), tmp_path / "out")
-    again = recipe.benchmark.evaluate(loaded, trainer.processing_class, tmp_path / "again", options_of_run.evaluation)
-    assert again["predictions"] == results["predictions"]
+
+def evaluated(name, folder, *more, between=lambda: None, **overrides) -> dict[str, dict]:
+    """What `--evaluate` finds after a run; `between` training and evaluation something may happen to what was saved."""
+    items = write(ITEMS[name], folder / f"{name}.jsonl")
+    asked = options(name, folder, evaluation_file=items, max_new_tokens=4, **overrides)
+    options_of_run = parse(RECIPES[name], [*asked, "--evaluate", *more])
+    finetune(RECIPES[name], options_of_run)
+    between()
+    return evaluate(RECIPES[name], options_of_run)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "full"])
+def test_what_was_saved_is_evaluated(method, tmp_path):
+    """Not what is in memory: the weights in the files are others by then."""
+    weights = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
+
+    def spoil():
+        torch.manual_seed(0)
+        spoiled = {key: torch.randn_like(value) for key, value in load_file(weights).items()}
+        save_file(spoiled, weights, metadata={"format": "pt"})
+
+    evaluated("metamath", tmp_path, between=spoil, method=method)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / ("out" if method == "full" else "model"))
+    if method != "full":
+        loaded = PeftModel.from_pretrained(loaded, tmp_path / "out")
+    answers = answers_in(tmp_path / "out")
+    assert answers == {q: greedy(loaded, word_tokenizer(), f"Q: {q}\nA:") for q in ("w1 w2", "w3")}
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "names"),
+    [
+        ([], []),
+        (["--evaluate", "false"], []),
+        (["--evaluate"], ["sst2_label_words"]),
+        ("in a file", ["sst2_label_words"]),
+        (["--evaluate", "true"], ["sst2_label_words"]),
+        (["--evaluate", "--task", "cola"], ["cola_label_words"]),
+        (["--evaluate", "hellaswag,mt_bench"], ["hellaswag", "mt_bench"]),
+    ],
+)
+def test_what_is_evaluated(evaluate, names, tmp_path):
+    in_file = "evaluate: true" if evaluate == "in a file" else ""
+    (tmp_path / "config.yaml").write_text(f"output_dir: out\nuse_cpu: true\n{in_file}\n")
+    given = [] if in_file else evaluate
+    parsed = parse(RECIPES["glue"], ["--config", str(tmp_path / "config.yaml"), *given])
+    assert RECIPES["glue"].asked(parsed)[0] == names
 
 
 def test_the_benchmark_is_checked_before_training(tmp_path):
     recipe = RECIPES["code_feedback"]
     asked = options("code_feedback", tmp_path, evaluation_file=write(ITEMS["code_feedback"], tmp_path / "p.jsonl"))
-    with pytest.raises(ValueError, match="--allow_code_execution true"):
+    with pytest.raises(ValueError, match="--confirm_run_unsafe_code"):
         finetune(recipe, parse(recipe, [*asked, "--evaluate", "true"]))
     assert not (tmp_path / "out").exists()
 

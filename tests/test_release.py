@@ -19,10 +19,13 @@ from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.checkpoint.adapter_files import FROZEN_FILE
 from lora_ga_trainer.checkpoint.completeness import FILES_FILE
 from lora_ga_trainer.checkpoint.state import STATE_FILE
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BEYOND_ALL = {f"{export.__module__.rpartition('.')[0]}.export", f"{attach_lora_ga.__module__}.attach_lora_ga"}
+BEYOND_ALL = {
+    f"{export.__module__.rpartition('.')[0]}.export",
+    f"{attach_lora_ga.__module__.rpartition('.')[0]}.attach_lora_ga",
+}
 """Public, but not among the names of the package itself."""
 
 

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from lora_ga_trainer.evaluation import sandbox
-from lora_ga_trainer.evaluation.sandbox import Outcome, check_sandbox, run_program
+from evaluation import sandbox
+from evaluation.sandbox import Outcome, check_sandbox, run_program
 
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 RAISE = "\nif result < 0: raise OSError(ctypes.get_errno(), '')"

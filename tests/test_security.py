@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from metamath import RECIPE
+from methods.table import MethodConfig
 from mistakes import World, finish_a_run, rewrite
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import lora_config, tiny_model, word_tokenizer
 
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.evaluation.loading import load
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def model_args(base: Path) -> MethodConfig:
+    return MethodConfig(model_name_or_path=str(base), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +84,8 @@ def test_no_program_in_an_evaluated_model_is_run(where, shared, tmp_path):
     (folder / f"{name}.safetensors").unlink()
     name = "adapter_model.bin" if where == "adapter" else "pytorch_model.bin"
     torch.save({"weight": Program(tmp_path / "marker")}, folder / name)
-    with pytest.raises(Exception, match="Weights only load failed|Unsupported|no model can be loaded"):
-        load(str(base), "main", str(adapter), "float32")
+    with pytest.raises(Exception, match="Weights only load failed|Unsupported"):
+        PeftModel.from_pretrained(RECIPE.base_model(model_args(base)), adapter)
     with pytest.raises(ValueError, match=r"has no (adapter_model\.safetensors|\.safetensors file)"):
         export(adapter, tmp_path / "out", merge=True, base_model=base)
     assert not (tmp_path / "marker").exists()
@@ -89,7 +94,7 @@ def test_no_program_in_an_evaluated_model_is_run(where, shared, tmp_path):
 def test_the_package_unpickles_nothing_and_trusts_no_code():
     """Neither by itself; and what asks transformers for a stranger's code is left to its user's own option."""
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "lora_ga_trainer").rglob("*.py")}
-    sources |= {path: path.read_text(encoding="utf-8") for path in (ROOT / "recipes").glob("*.py")}
+    sources |= {path: path.read_text(encoding="utf-8") for path in (ROOT / "recipes").rglob("*.py")}
     assert len(sources) > 40
     unpickles = re.compile(
         r"torch\.load\(|pickle\.loads?\(|\bjoblib\b|\bdill\b|weights_only=False|\beval\(|(?<!def )\bexec\("
@@ -128,7 +133,7 @@ def test_code_that_comes_with_a_model_is_not_run(how, model_with_code, shared, t
     adapter, world = shared / "finished/checkpoint-4", World(tmp_path, shared)
     act = {
         "train": lambda: world.trainer(model=str(model_with_code)),
-        "evaluate": lambda: load(str(model_with_code), "main", None, "float32"),
+        "evaluate": lambda: RECIPE.base_model(model_args(model_with_code)),
         "merge": lambda: export(adapter, tmp_path / "out", merge=True, base_model=model_with_code),
     }[how]
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -179,7 +184,7 @@ def test_the_adapters_name_in_a_file_leads_nowhere(shared, tmp_path):
     document = json.loads((checkpoint / "lora_ga.json").read_text())
     rewrite(checkpoint, "lora_ga.json", json.dumps(document | {"adapter_name": "../../elsewhere"}))
     world.resume(checkpoint, max_steps=6)
-    assert world.trainers[0].model.lora_ga.adapter_name == "default"
+    assert world.trainers[0].model.lora_ga.name == "default"
     assert (world.out / "checkpoint-6/adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("elsewhere*"))
     # nor can the user's own: torch has no such names for modules

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGASeq2SeqConfig, LoRAGASeq2SeqTrainer
-from lora_ga_trainer.adapter.delta import delta_layers
 
 COLLATE = DataCollatorForSeq2Seq(word_tokenizer())
 INPUTS = COLLATE(seq2seq_problems().select(range(6)).to_list())
@@ -51,11 +50,11 @@ def losses(trainer):
 def test_the_gradient_is_autograds_without_dropout(make):
     trainer = make(ga_num_samples=8, ga_batch_size=3)
     seen = {}
-    for name, layer in delta_layers(trainer.model, "default").items():
-        seen[name] = layer.get_base_layer().weight.detach().clone()
+    for name, layer in trainer.model.lora_ga.weights.items():
+        seen[name] = layer.layer.get_base_layer().weight.detach().clone()
     batches = trainer.sample_batches(trainer.args.ga_seed)
     assert [len(batch["labels"]) for batch in batches] == [3, 3, 2]
-    trainer.initialize_lora_ga()
+    trainer.initialize_adapter()
 
     base = tiny_t5().eval()  # no dropout
     names = {name: name.removeprefix("base_model.model.") for name in seen}
@@ -68,8 +67,8 @@ def test_the_gradient_is_autograds_without_dropout(make):
         chosen = log_probs.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
         sums.append(-(chosen * batch["labels"].ne(-100)).sum() / tokens)
     gradients = dense_reference.weight_gradient(weights, sums)
-    for name, layer in delta_layers(trainer.model, "default").items():
-        a, b = layer.lora_A["default"].frozen, layer.lora_B["default"].frozen
+    for name, layer in trainer.model.lora_ga.weights.items():
+        a, b = layer.A.frozen, layer.B.frozen
         expected = dense_reference.alignment(gradients[name], a, b)
         _, s, _ = dense_reference.singular_vectors(gradients[name])
         best = (s[:8].norm() / s.norm()).item()
@@ -82,7 +81,7 @@ def test_the_gradient_is_autograds_without_dropout(make):
 
 def test_at_init_the_logits_are_the_base_models(make):
     trainer = make()
-    trainer.initialize_lora_ga()
+    trainer.initialize_adapter()
     assert torch.equal(logits(trainer.model), logits(tiny_t5()))
 
 
@@ -90,7 +89,7 @@ def test_estimation_does_not_depend_on_batching(make):
     factors = []
     for size in (1, 8):
         trainer = make(ga_batch_size=size)
-        trainer.initialize_lora_ga()
+        trainer.initialize_adapter()
         factors.append({n: p for n, p in trainer.model.named_parameters() if n.endswith("frozen")})
     for name, value in factors[0].items():
         other = factors[1][name]

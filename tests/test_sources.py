@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from evaluation import gsm8k, mt_bench
+from evaluation.arguments import MTBenchArguments
+from evaluation.humaneval import read_problems
 
+from lora_ga_trainer.cli.sources import hub_items, load_named, local_items
 from lora_ga_trainer.distributed.launches import Launch, check_resume_path
-from lora_ga_trainer.evaluation import gsm8k, mt_bench
-from lora_ga_trainer.evaluation.gsm8k import GSM8KArguments
-from lora_ga_trainer.evaluation.humaneval import read_problems
-from lora_ga_trainer.evaluation.sources import hub_items, load_named, local_items
 
 # each name, read as a pattern, would match the second folder as well or instead
 PAIRS = [
@@ -51,13 +51,13 @@ def test_the_files_of_evaluations_and_recipes(folders):
         return str(folders[0] / name)
 
     gsm = write("gsm.jsonl", *({"question": name, "answer": "#### 1"} for name in "ab"))
-    assert [item["question"] for item in gsm8k.load_items(GSM8KArguments(evaluation_file=gsm))] == ["a"]
+    assert gsm8k.problems(evaluation_file=gsm)["test"]["question"][:] == ["a"]
     problem = {"prompt": "def f():", "entry_point": "f", "test": ""}
     problems = write("humaneval.jsonl", *(problem | {"task_id": name} for name in "ab"))
-    assert list(read_problems(Path(problems))) == ["a"]
+    assert read_problems(Path(problems))["task_id"][:] == ["a"]
     questions = write("mt.jsonl", *({"question_id": n, "category": "math", "turns": ["q", "r"]} for n in (1, 2)))
     references = write("ref.jsonl", *({"question_id": 1, "choices": [{"turns": [name, "s"]}]} for name in "ab"))
-    args = mt_bench.MTBenchArguments(evaluation_file=questions, reference_file=references)
+    args = MTBenchArguments(evaluation_file=questions, reference_file=references)
     loaded = mt_bench.load_questions(args)
     assert [question["question_id"] for question in loaded] == [1]
     assert mt_bench.load_references(args, loaded) == {1: ("a", "s")}

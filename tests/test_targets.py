@@ -16,8 +16,7 @@ from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
-from lora_ga_trainer.initialization.initialize import attach_lora_ga
+from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
@@ -52,7 +51,7 @@ def starts_exactly_and_reloads(model, base, folder):
 
 
 def names(model):
-    return {name.removeprefix("base_model.model.model.layers.") for name in delta_layers(model, "default")}
+    return {name.removeprefix("base_model.model.model.layers.") for name in model.lora_ga.weights}
 
 
 # --- kinds of layers --------------------------------------------------------------------------------------------------
@@ -135,12 +134,12 @@ def test_ranks_and_alphas_by_regex_and_by_full_name(tmp_path):
     starts_exactly_and_reloads(model, base, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    for name, layer in delta_layers(model, "default").items():
+    for name, layer in model.lora_ga.weights.items():
         rank = 3 if "layers.0" in name else 2 if name.endswith("k_proj") else 4
-        assert layer.lora_A["default"].frozen.shape[0] == layer.r["default"] == rank
+        assert layer.A.frozen.shape[0] == layer.rank == rank
         assert len(tensors[f"{name}.lora_A.weight"]) == 2 * rank
         scaling = (5 if "layers.1" in name else 16) / rank**0.5
-        assert layer.scaling["default"] == pytest.approx(scaling, rel=1e-15)
+        assert layer.scaling == pytest.approx(scaling, rel=1e-15)
         assert loaded.get_submodule(name).scaling["default"] == pytest.approx(scaling, rel=1e-12)
 
 

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGASFTTrainer
-from lora_ga_trainer.adapter.delta import delta_layers
 
 BOTH_FORMS = pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 INPUTS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -152,7 +151,7 @@ class Beginning(TrainerCallback):
     """What a run is like when it begins."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.report = model.lora_ga.report
+        self.report = model.lora_ga.state.report
         self.factors = [p.clone() for name, p in model.named_parameters() if "frozen" in name]
 
 
@@ -218,8 +217,8 @@ def test_no_peft_config_means_the_papers(make_trainer, sft_config, prompt_comple
     trainer = LoRAGASFTTrainer(tiny_model(), sft_config(), None, prompt_completion, processing_class=tokenizer)
     config = trainer.model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16, True)
-    assert len(delta_layers(trainer.model, "default")) == 14
-    assert "lm_head" not in "".join(delta_layers(trainer.model, "default"))
+    assert len(trainer.model.lora_ga.weights) == 14
+    assert "lm_head" not in "".join(trainer.model.lora_ga.weights)
 
 
 def test_plain_sft_config_and_positional_arguments(prompt_completion, tokenizer, tmp_path):
@@ -250,7 +249,7 @@ def test_an_optimizer_made_before_the_trainer_trains_the_adapter(
         wrapped, sft_config(), train_dataset=prompt_completion, processing_class=tokenizer, optimizers=(optimizer, None)
     )
     trainer.train()
-    assert all(layer.lora_B["default"].trainable.any() for layer in delta_layers(trainer.model, "default").values())
+    assert all(layer.B.trainable.any() for layer in trainer.model.lora_ga.weights.values())
 
 
 def test_training_again_does_not_initialize_again(make_trainer):

@@ -29,8 +29,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import OffloadActivations
 
-from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialization, initialize_lora_ga
-from lora_ga_trainer.gradient.estimation import language_model_loss
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.gradient.objective import language_model_loss
+from lora_ga_trainer.initialization import initialize
 
 # --- the reference: what is trained on, by hand ---------------------------------------------------------------------
 
@@ -132,15 +133,15 @@ def make_trainer(sft_config, prompt_completion, tokenizer):
 def gradients(monkeypatch):
     """The gradient of each target that the last initialization started from, copied on its way."""
     found = {}
-    estimate = initialization.estimate_gradients
+    estimate = initialize.estimate_gradients
 
-    def copying(model, layers, accumulators, *args, **kwargs):
-        sent = estimate(model, layers, accumulators, *args, **kwargs)
+    def copying(adapter, accumulators, *args, **kwargs):
+        sent = estimate(adapter, accumulators, *args, **kwargs)
         found.clear()
         found.update({name: accumulator.grad_OI.clone() for name, accumulator in accumulators.items()})
         return sent
 
-    monkeypatch.setattr(initialization, "estimate_gradients", copying)
+    monkeypatch.setattr(initialize, "estimate_gradients", copying)
     return found
 
 
@@ -171,7 +172,7 @@ def assert_trains_from_the_right_gradient(
 
     # 3. a sum over tokens is the same in other batches
     gradients.clear()
-    make_trainer(model=copy.deepcopy(base), **options, ga_batch_size=3).initialize_lora_ga()
+    make_trainer(model=copy.deepcopy(base), **options, ga_batch_size=3).initialize_adapter()
     assert largest_relative_error(gradients, estimated) < 1e-5
 
     # 4. what is saved is what was trained, float32 in another order
@@ -251,7 +252,7 @@ def test_streaming(make_trainer, gradients, prompt_completion, tokenizer, packed
 
 def test_packed_texts_do_not_see_each_other(make_trainer, gradients, prompt_completion, tokenizer):
     """The reference of the tests above can tell: with attention across the borders the gradient is another."""
-    make_trainer(**PACKED).initialize_lora_ga()
+    make_trainer(**PACKED).initialize_adapter()
     found = documents(prompt_completion, tokenizer)
     contaminated = reference_gradients(tiny_model().eval(), dict(gradients), one_stream(cut_off(found, 12), 12))
     assert largest_relative_error(gradients, contaminated) > 0.1
@@ -490,7 +491,7 @@ def test_autocast_in_a_loop_of_ones_own(gradients, dtype):
 
 def test_offloaded_activations_reach_the_estimate(make_trainer, gradients, monkeypatch):
     """TRL's own offloading, with the CPU for the accelerator: whatever the taps keep is taken away and comes back."""
-    make_trainer().initialize_lora_ga()
+    make_trainer().initialize_adapter()
     reference = dict(gradients)
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cpu"))
@@ -499,7 +500,7 @@ def test_offloaded_activations_reach_the_estimate(make_trainer, gradients, monke
     trainer = make_trainer()
     offload = OffloadActivations(use_pin_memory=False, use_streams=False)
     trainer.maybe_activation_offload_context = offload
-    trainer.initialize_lora_ga()
+    trainer.initialize_adapter()
     assert offload.tensor_id > len(gradients), "the last batch's tensors, at least one for each tap"
     # (what is left is kept for the model's own loss, which TRL does not use)
     assert not any(was_moved for _, was_moved, *_ in offload.tracker.values()), "all that was moved was fetched again"

@@ -125,7 +125,7 @@ def word_tokenizer(last_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. (`word_tokenizer` will not do: transformers' stop strings need to know letters.)"""
+    """One token per character."""
     characters = string.ascii_lowercase + string.digits + " \n`_()[]=*/+-:,.#'\""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     assert len(vocabulary) <= VOCABULARY

@@ -6,7 +6,6 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune a language model on your data, started from the gradient",
     "export": "turn a checkpoint into a bare adapter, or merge it into its base model",
-    "eval": "run GSM8K, HumanEval, MT-Bench or GLUE on a model with or without an adapter",
     "inspect": "draw what an initialization found and how the run went, as one HTML page",
     "compare": "overlay the losses of several runs, and print a table of them",
 }
@@ -25,7 +24,7 @@ def usage() -> str:
             *lines,
             "",
             "lora-ga COMMAND --help tells a command's options.",
-            "On several GPUs: accelerate launch -m lora_ga_trainer.cli.sft [options]; eval likewise.",
+            "On several GPUs: accelerate launch -m lora_ga_trainer.cli.sft [options]",
         ]
     )
 

@@ -16,9 +16,9 @@ class ExportArguments:
     )
 
 
-def main(argv: list[str] | None = None, prog: str = "lora-ga export") -> None:
+def main(argv: list[str] | None = None) -> None:
     with errors_as_messages():
-        (arguments,) = parse_options((ExportArguments,), sys.argv[1:] if argv is None else argv, prog)
+        (arguments,) = parse_options((ExportArguments,), sys.argv[1:] if argv is None else argv, "lora-ga export")
         from ..checkpoint.exporting import export
 
         export(arguments.checkpoint_dir, arguments.out, arguments.merge, base_model=arguments.base_model)

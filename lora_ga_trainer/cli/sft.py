@@ -163,7 +163,7 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
     """
     from transformers.trainer_utils import IntervalStrategy
 
-    from ..evaluation.sources import load_named, local_items
+    from .sources import load_named, local_items
 
     strategy = IntervalStrategy(training_args.eval_strategy)
     evaluates = strategy != IntervalStrategy.NO

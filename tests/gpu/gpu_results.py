@@ -22,5 +22,5 @@ def losses(trainer: LoRAGASFTTrainer) -> list[float]:
 
 
 def adapter_of(trainer: LoRAGASFTTrainer) -> dict[str, torch.Tensor]:
-    found = adapter_state_dict(trainer.model) | histories(trainer.model)
+    found = adapter_state_dict(trainer.model) | histories(trainer.model.lora_ga)
     return {name: value.detach().cpu().clone() for name, value in found.items()}

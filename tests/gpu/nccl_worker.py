@@ -38,7 +38,7 @@ def main(model: str, out: Path) -> None:
     digests = gather_objects(digest)
     trainer.save_model(str(out / "final"))
     if rank() == 0:
-        launch = trainer.model.lora_ga.launch
+        launch = trainer.model.lora_ga.state.launch
         torch.save(adapter, out / "adapter.pt")
         found = {
             "launch": [launch.backend, launch.world_size],

@@ -19,10 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
-from lora_ga_trainer.gradient.estimation import language_model_loss
 from lora_ga_trainer.gradient.memory import peak_memory
+from lora_ga_trainer.gradient.objective import language_model_loss
 
 EXACT = LoRAGAArguments(ga_estimator="exact")
 SKETCH = LoRAGAArguments(ga_estimator="sketch", ga_sketch_size=10)
@@ -77,7 +76,7 @@ def test_logits_at_init_are_the_base_models_bit_for_bit(device, family, dtype, a
     model, base = (part.to(device) for part in peft_pair(family, dtype))
     weights = copy.deepcopy(base.state_dict())
     initialize_lora_ga(model, tiny_batches(), SKETCH, autocast_loss(device, autocast), disable_tqdm=True)
-    assert all(layer.lora_B["default"].frozen.any() for layer in delta_layers(model, "default").values())
+    assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         assert torch.equal(logits(model, device), logits(base, device))
     for name, value in model.get_base_model().state_dict().items():

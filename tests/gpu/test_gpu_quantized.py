@@ -10,7 +10,6 @@ from test_probe import checkpointed, estimated_gradients
 from tiny import lora_config, tiny_batches
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.adapter.delta import delta_layers
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_logits_at_init_are_the_quantized_bases_bit_for_bit(device, quantized_te
     base = loaded(quantized_tests, folder, dtype, device)
     before = quantized_tests.stored(model)
     initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
-    assert all(layer.lora_B["default"].frozen.any() for layer in delta_layers(model, "default").values())
+    assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     with torch.no_grad():
         assert torch.equal(model.train()(inputs).logits, base.train()(inputs).logits)
     assert quantized_tests.same_bytes(quantized_tests.stored(model), before)

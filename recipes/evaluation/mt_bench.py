@@ -12,68 +12,57 @@ The files have FastChat's names and formats, so that its `gen_judgment.py` and `
 
 One difference: all answers are decoded greedily, so that a run can be repeated. FastChat samples writing and roleplay at
 temperature 0.7, stem and humanities at 0.1.
+
+lm-evaluation-harness has no conversations whose second prompt holds the model's first answer (0.4.13), so this is a program:
+
+    accelerate launch recipes/evaluation/mt_bench.py --pretrained MODEL --peft out --output evaluation
+    python recipes/evaluation/mt_bench.py --judge_model gpt-4 --output evaluation      # rates the answers that are there
 """
 
 import hashlib
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+import torch
+from accelerate import PartialState
+from lm_eval.api.instance import Instance
 
-from ..distributed.backends import gather_objects, rank, world_size
-from .arguments import EvaluationArguments
-from .generation import complete
-from .judge import NEED_REFERENCE, UNRATED, JudgeArguments, check_judge, judge, make_requests
-from .prompts import alpaca_prompt
-from .results import write_results, write_whole
-from .sources import local_items
+sys.path.append(str(Path(__file__).parents[1]))  # for when this file is the program
+
+from data.prompts import alpaca_prompt
+
+from evaluation.arguments import MTBenchArguments
+from evaluation.judge import (
+    NEED_REFERENCE,
+    UNRATED,
+    check_judge,
+    finished_lines,
+    judge,
+    make_requests,
+    write_whole,
+)
+from evaluation.model import HarnessModel
+from lora_ga_trainer.cli.parsing import errors_as_messages, parse_options
+from lora_ga_trainer.cli.sources import local_items
+from lora_ga_trainer.distributed.backends import gather_objects, rank, world_size
 
 Result = TypeVar("Result")
 
 DATA = "fastchat/llm_judge/data/mt_bench"
 
+MAX_NEW_TOKENS = 1024
+"""FastChat's default."""
+
 MEETING_SECONDS = 60
 """How often processes that wait for the main one hear of it: well within the 10 minutes after which NCCL gives up."""
-
-
-@dataclass
-class MTBenchArguments(EvaluationArguments, JudgeArguments):
-    """Options of MT-Bench. A file needs the columns `question_id`, `category` and `turns`, as FastChat's question.jsonl.
-
-    Without `judge_model` the answers are written and not rated; naming one later rates those that are there.
-
-    Raises:
-        ValueError: an option is out of its range.
-    """
-
-    NO_ANSWER_DEPENDS_ON: ClassVar = (
-        *EvaluationArguments.NO_ANSWER_DEPENDS_ON,
-        *(option.name for option in fields(JudgeArguments)),
-        "reference_file",
-    )
-
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens that an answer may take; FastChat's default."})
-    model_id: str = field(default="model", metadata={"help": "The model's name in the files."})
-    reference_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Reference answers for math, reasoning and coding, in FastChat's format. Default: gpt-4's, published."
-        },
-    )
-
-    def __post_init__(self):
-        EvaluationArguments.__post_init__(self)
-        JudgeArguments.__post_init__(self)
-        if self.model_id in ("", ".", "..") or Path(self.model_id).name != self.model_id:
-            raise ValueError(f"`model_id` is {self.model_id!r}, but names a file: leave out any '/'.")
 
 
 def load_questions(args: MTBenchArguments) -> list[dict[str, Any]]:
@@ -146,35 +135,24 @@ def second_prompt(turns: list[str], first_answer: str, eos_token: str) -> str:
     return first + first_answer + eos_token + second[second.index("### Instruction:") :]
 
 
-def answer(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[dict[str, Any]],
-    directory: Path,
-    args: MTBenchArguments,
-) -> dict[int, tuple[str, str]]:
-    """The answers to both turns, by question_id, without white space around them. Every process calls it."""
+def complete(model: HarnessModel, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """The greedy completion of each prompt, without white space around it. Every process calls it, and takes its share."""
+    options = {"until": [], "do_sample": False, "repetition_penalty": 1.0, "max_gen_toks": max_new_tokens}
+    mine = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts[rank() :: world_size()]]
+    texts = [""] * len(prompts)
+    for process, share in enumerate(gather_objects(model.generate_until(mine))):
+        texts[process :: world_size()] = [text.strip() for text in share]
+    return texts
 
-    def complete_turn(turn: int, prompts: list[str]) -> list[str]:
-        ids = [str(question["question_id"]) for question in questions]
-        completions = complete(
-            model,
-            tokenizer,
-            dict(zip(ids, prompts, strict=True)),
-            directory / f"answers_turn_{turn}.jsonl",
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.evaluation_batch_size,
-        )
-        return [completions[name].strip() for name in ids]
 
-    first = complete_turn(1, [alpaca_prompt(question["turns"][0]) for question in questions])
-    second = complete_turn(
-        2,
-        [
-            second_prompt(question["turns"], first_answer, tokenizer.eos_token)
-            for question, first_answer in zip(questions, first, strict=True)
-        ],
-    )
+def answer(model: HarnessModel, questions: list[dict[str, Any]], max_new_tokens: int) -> dict[int, tuple[str, str]]:
+    """The answers to both turns, by question_id. Every process calls it."""
+    first = complete(model, [alpaca_prompt(question["turns"][0]) for question in questions], max_new_tokens)
+    prompts = [
+        second_prompt(question["turns"], text, model.tokenizer.eos_token)
+        for question, text in zip(questions, first, strict=True)
+    ]
+    second = complete(model, prompts, max_new_tokens)
     return {
         question["question_id"]: turns
         for question, turns in zip(questions, zip(first, second, strict=True), strict=True)
@@ -202,6 +180,21 @@ def write_answers(file: Path, answers: dict[int, tuple[str, str]], model_id: str
         lines.append(json.dumps(row) + "\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "".join(lines))
+
+
+def read_answers(file: Path, questions: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
+    """
+    Raises:
+        ValueError: there is no answer to one of the questions.
+    """
+    found = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in finished_lines(file)}
+    for question in questions:
+        if question["question_id"] not in found:
+            raise ValueError(
+                f"{file} has no answer to question {question['question_id']}. Name the model that is to answer with "
+                "`pretrained`."
+            )
+    return {question["question_id"]: found[question["question_id"]] for question in questions}
 
 
 def score(
@@ -287,24 +280,64 @@ def check(args: MTBenchArguments) -> None:
         on_main_process(lambda: check_judge(args))
 
 
-def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, args: MTBenchArguments
-) -> dict[str, Any]:
+def evaluate(model: HarnessModel | None, directory: Path, args: MTBenchArguments) -> dict[str, Any]:
     """Answer both turns of every question, and have them rated if there is a judge. Every process calls it.
 
+    Args:
+        model: None to rate the answers that are in `directory`.
+
     Raises:
-        ValueError: what `check` raises, or the judge fails, see `judge`.
+        ValueError: what `check` raises, there are no answers, or the judge fails, see `judge`.
     """
     check(args)
-    questions = load_questions(args)
-    answers = answer(model, tokenizer, questions, directory, args)
-    on_main_process(lambda: write_answers(directory / f"model_answer/{args.model_id}.jsonl", answers, args.model_id))
+    questions, file = load_questions(args), directory / f"model_answer/{args.model_id}.jsonl"
+    if model is None:
+        answers = on_main_process(lambda: read_answers(file, questions))
+    else:
+        answers = answer(model, questions, args.max_new_tokens or MAX_NEW_TOKENS)
+        on_main_process(lambda: write_answers(file, answers, args.model_id))
     judgments = []
     if args.judge_model:
         requests = make_requests(questions, answers, load_references(args, questions))
         name = args.judge_model.strip("/").replace("/", "--")  # meta-llama/Llama-3.3-70B-Instruct, or a path
-        file = directory / f"model_judgment/{name}_single.jsonl"
-        judgments = on_main_process(lambda: judge(requests, args.model_id, file, args))
+        judged = directory / f"model_judgment/{name}_single.jsonl"
+        judgments = on_main_process(lambda: judge(requests, args.model_id, judged, args))
     results = {"model_id": args.model_id, "judge_model": args.judge_model} | score(questions, answers, judgments)
-    write_results(directory, results)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    on_main_process(lambda: write_whole(directory / "results.json", text))
     return results
+
+
+@dataclass
+class ModelArguments:
+    """What answers, as lm-evaluation-harness names it."""
+
+    pretrained: str | None = field(
+        default=None, metadata={"help": "The base model: a folder or hub name. Default: rate the answers in `output`."}
+    )
+    peft: str | None = field(default=None, metadata={"help": "Folder or hub name of a PEFT adapter for it."})
+    revision: str = field(default="main", metadata={"help": "Of the base model and the adapter on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "Of the base's weights: auto, float32, bfloat16 or float16."})
+    output: str = field(default="evaluation", metadata={"help": "Folder for answers, judgments and results.json."})
+
+
+def main() -> None:
+    with errors_as_messages():
+        source, args = parse_options((ModelArguments, MTBenchArguments), sys.argv[1:], "mt_bench.py")
+        # accelerate would take each process of a launch on CPUs for the only one
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        check(args)  # before the model, which may take minutes to load
+        model = None
+        if source.pretrained:
+            model = HarnessModel(
+                pretrained=source.pretrained, peft=source.peft, revision=source.revision, dtype=source.dtype,
+                device=str(state.device), batch_size=args.evaluation_batch_size,
+            )  # fmt: skip
+        results = evaluate(model, Path(source.output), args)
+    state.print(f"mt_bench: score {results['score']} on {results['count']} items. All of them are in {source.output}.")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from data import DataDefinition, load_rows, prepare
+from data.demo_model import demo_model_path
+from data.selection import DataDefinition, load_rows, prepare
 from datasets import Dataset
-from demo_model import demo_model_path
-from methods import METHODS, adapter_config
-from recipe import Options, Recipe
+from methods.table import METHODS, adapter_config
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer, get_quantization_config
 
+from finetuning.recipe import Options, Recipe
 from lora_ga_trainer import LoRAGASFTConfig
 
 

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from data.demo_t5 import demo_t5_path
 from datasets import Dataset
-from demo_t5 import demo_t5_path
-from methods import METHODS, adapter_config
+from methods.table import METHODS, adapter_config
 from peft import get_peft_model
-from recipe import Options, Recipe
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer
-from trl import get_quantization_config
 
+from finetuning.recipe import Options, Recipe
 from lora_ga_trainer import LoRAGASeq2SeqConfig
 
 
@@ -41,13 +40,7 @@ class Seq2SeqRecipe(Recipe):
         self, options: Options, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset
     ) -> Seq2SeqTrainer:
         args = options.model
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            attn_implementation=args.attn_implementation,
-            dtype=args.dtype,
-            quantization_config=get_quantization_config(args),
-        )
+        model = self.base_model(args)
         adapter = adapter_config(args, "SEQ_2_SEQ_LM")
         return METHODS[args.method].trainers.seq2seq(
             model=model if adapter is None else get_peft_model(model, adapter),

@@ -12,15 +12,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from .results import append_lines, finished_lines, write_whole
+from evaluation.arguments import JudgeArguments
 
 if TYPE_CHECKING:  # an extra, needed only by those who name a judge
     from openai import OpenAI
@@ -43,39 +43,6 @@ REMEDIES = {
     404: "Check `judge_model`, and `judge_url`, which usually ends in /v1.",
     429: "Lower `judge_parallel`, or wait until the endpoint's limit is raised or renewed.",
 }
-
-
-@dataclass
-class JudgeArguments:
-    """The judge and its endpoint. The key comes from the environment variable OPENAI_API_KEY and is written nowhere.
-
-    Raises:
-        ValueError: a number is out of its range, or there is a `judge_url` but no `judge_model`.
-    """
-
-    judge_model: str | None = field(
-        default=None, metadata={"help": "Model that rates the answers, such as gpt-4. Default: they are not rated."}
-    )
-    judge_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Any endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1. Default: OpenAI's."
-        },
-    )
-    judge_parallel: int = field(default=4, metadata={"help": "Requests to the judge at a time."})
-    judge_retries: int = field(
-        default=10, metadata={"help": "How often a request is repeated after status 429 or 5xx, or without a reply."}
-    )
-    judge_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for one reply."})
-
-    def __post_init__(self):
-        for name, least in (("judge_parallel", 1), ("judge_retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
-        if self.judge_timeout <= 0:
-            raise ValueError(f"`judge_timeout` is {self.judge_timeout}, but must be more than 0 seconds.")
-        if self.judge_url and not self.judge_model:
-            raise ValueError(f"`judge_url` is {self.judge_url}, but no `judge_model` is named. Name the model to ask.")
 
 
 @dataclass(frozen=True)
@@ -269,3 +236,31 @@ def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) ->
     if not isinstance(completion, ChatCompletion) or not completion.choices:
         raise ValueError(f"{where} answered with no chat completion: {str(completion)[:500]} {REMEDIES[404]} {onwards}")
     return completion.choices[0].message.content or ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`; a kill leaves what was there before."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append `records` to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def finished_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file that was appended to; [] if there is none.
+
+    A kill in the middle of a line leaves a part of it at the end, which is cut off here.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]

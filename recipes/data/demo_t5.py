@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from demo_model import made_once
-from movie_phrases import movie_phrases
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from lora_ga_trainer.evaluation.glue import TASKS, prompt_of
+from data.demo_model import made_once
+from data.glue_tasks import TASKS, prompt_of
+from data.movie_phrases import movie_phrases
 
 
 def demo_t5_path() -> str:

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
-from baselines import check_saves_whole
-from methods import MethodConfig, set_ga_options
-from recipe import Options, Recipe, RunArguments
+from accelerate import Accelerator, PartialState
+from accelerate.utils import release_memory
+from evaluation.arguments import EvaluationArguments
+from methods.baselines import check_saves_whole
+from methods.table import MethodConfig, set_ga_options
+from peft import PeftModel
 from transformers import AutoTokenizer, Trainer
-from trl import TrlParser
+from trl import TrlParser, get_quantization_config
 
+from finetuning.recipe import Options, Recipe
 from lora_ga_trainer.cli.parsing import config_keys, errors_as_messages, resume_choice
-from lora_ga_trainer.distributed.backends import gather_objects, rank
-from lora_ga_trainer.evaluation.loading import model_settings
-from lora_ga_trainer.evaluation.results import evaluation_settings, open_evaluation
+from lora_ga_trainer.distributed.backends import end_sharding
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def parse(recipe: Recipe, argv: list[str]) -> Options:
@@ -42,7 +43,7 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
     if "config" not in set_here:
         argv = ["--config", str(config), *argv]
 
-    parser = TrlParser((recipe.data_arguments, recipe.config, MethodConfig, RunArguments, recipe.benchmark_arguments))
+    parser = TrlParser((recipe.data_arguments, recipe.config, MethodConfig, EvaluationArguments))
     options = Options(*parser.parse_args_and_config(argv))
     set_here |= yaml.safe_load(config.read_text(encoding="utf-8"))
     set_ga_options(options.training, options.model.method, given=set_here)
@@ -50,15 +51,14 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
 
 
 def finetune(recipe: Recipe, options: Options) -> Trainer:
-    """Train, save and, if asked to, evaluate. Every process calls it; the model may be sharded."""
+    """Train and save. Every process calls it; the model may be sharded."""
     training_args, model_args = options.training, options.model
     with training_args.main_process_first():  # it makes the copies that the others read
         if model_args.model_name_or_path is None:
             model_args.model_name_or_path = recipe.demo_model()
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         train, held_out = recipe.datasets(options, tokenizer)
-    if options.run.evaluate:
-        recipe.benchmark.check(options.evaluation)  # before hours of training
+    check_evaluation(recipe, options)
     training_args.eval_on_start = True
     trainer = recipe.trainer(options, tokenizer, train, held_out)
     check_saves_whole(trainer)
@@ -72,23 +72,39 @@ def finetune(recipe: Recipe, options: Options) -> Trainer:
     say = PartialState().print  # on the main process only; the rest is done on all, which share a sharded model
     say(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")
     say(how_to_load(recipe, model_args, training_args.output_dir))
-    if options.run.evaluate:
-        benchmark, directory, results = evaluate(recipe, options, trainer)
-        say(f"{benchmark}: score {results['score']} on {results['count']} items. All of them are in {directory}.")
     return trainer
 
 
-def evaluate(recipe: Recipe, options: Options, trainer: Trainer) -> tuple[str, Path, dict[str, Any]]:
-    """Run the recipe's benchmark on the model in memory: (the benchmark's name, its folder, its results)."""
-    benchmark, output_dir = recipe.benchmark.__name__.split(".")[-1], options.training.output_dir
-    base, adapter = (options.model.model_name_or_path, output_dir) if options.model.use_peft else (output_dir, None)
-    revision = options.model.model_revision
-    # the same settings, and so the same folder, as `python -m lora_ga_trainer.evaluation` gives the saved model
-    model = gather_objects(model_settings(base, revision, adapter, options.model.dtype) if rank() == 0 else None)[0]
-    settings = evaluation_settings(model, options.evaluation)
-    directory = open_evaluation(Path(output_dir, "evaluation"), benchmark, settings)
-    results = recipe.benchmark.evaluate(trainer.model, trainer.processing_class, directory, options.evaluation)
-    return benchmark, directory, results
+def check_evaluation(recipe: Recipe, options: Options) -> None:
+    """What is wrong with the tasks of `--evaluate` shows here, before hours of training. Every process calls it.
+
+    Raises:
+        ValueError: see `evaluation.harness.check`.
+    """
+    names, source = recipe.asked(options)
+    if names:
+        from evaluation import harness  # an extra
+
+        harness.check(names, options.evaluation, source)
+
+
+def evaluate(recipe: Recipe, options: Options) -> dict[str, dict[str, Any]]:
+    """What `--evaluate` asks for, on what was saved: the metrics by task, on the main process. Every process calls it."""
+    names, source = recipe.asked(options)
+    if not names:
+        return {}
+    from evaluation import harness  # an extra
+
+    out, args = options.training.output_dir, options.model
+    model = recipe.base_model(args, None if args.use_peft else out)
+    if args.use_peft:
+        model = PeftModel.from_pretrained(model, out)
+    if get_quantization_config(args) is None:  # bitsandbytes has put its own there
+        model = model.to(PartialState().device)
+    directory, tokenizer = Path(out, "evaluation"), AutoTokenizer.from_pretrained(out)
+    found = harness.evaluate(model, tokenizer, names, directory, options.evaluation, source)
+    PartialState().print(f"All answers are in {directory}.")
+    return found
 
 
 def how_to_load(recipe: Recipe, model_args: MethodConfig, output_dir: str) -> str:
@@ -114,12 +130,25 @@ def run(recipe: Recipe) -> None:
     """The recipe as a program."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lora_ga_trainer").setLevel(logging.INFO)
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models loaded by others
     with errors_as_messages():
         options = parse(recipe, sys.argv[1:])
         if options.training.world_size == 1 and options.training.device.type == "cpu":
             torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
         if "--config" not in sys.argv:
             PartialState().print(f"What is not on the command line comes from {CONFIGS / recipe.name}_demo.yaml.")
-        trainer = finetune(recipe, options)
-        trainer.accelerator.wait_for_everyone()  # before any process leaves the group
-        trainer.accelerator.end_training()
+        accelerator = release(finetune(recipe, options))
+        evaluate(recipe, options)
+        accelerator.wait_for_everyone()  # before any process leaves the group
+        accelerator.end_training()
+
+
+def release(trainer: Trainer) -> Accelerator:
+    """Give back the memory of a training, so that its model can be loaded anew; what is left is its group of processes."""
+    accelerator, trained = trainer.accelerator, trainer.model_wrapped
+    vars(trainer).clear()  # callbacks and hooks refer to the trainer, and it to all the rest
+    accelerator.free_memory()
+    end_sharding(trained)
+    del trained
+    release_memory()
+    return accelerator

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
-from baselines import (
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from transformers import Seq2SeqTrainer
+from trl import ModelConfig, SFTTrainer
+
+from lora_ga_trainer import LoRAGAArguments, LoRAGASeq2SeqTrainer, LoRAGASFTTrainer
+from lora_ga_trainer.trainers.seq2seq import TokenMeanSeq2SeqTrainer
+from methods.baselines import (
     AdaLoRASeq2SeqTrainer,
     AdaLoRASFTTrainer,
     LoRAPlusSeq2SeqTrainer,
@@ -17,12 +23,6 @@ from baselines import (
     PiSSASeq2SeqTrainer,
     PiSSASFTTrainer,
 )
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
-from transformers import Seq2SeqTrainer
-from trl import ModelConfig, SFTTrainer
-
-from lora_ga_trainer import LoRAGAArguments, LoRAGASeq2SeqTrainer, LoRAGASFTTrainer
-from lora_ga_trainer.trainers.seq2seq import TokenMeanSeq2SeqTrainer
 
 
 def lora(**changes: Any) -> Callable[..., LoraConfig]:

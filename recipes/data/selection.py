@@ -12,7 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from lora_ga_trainer.evaluation.sources import check_columns, hub_items, local_items
+from lora_ga_trainer.cli.sources import check_columns, hub_items, local_items
 
 Row = dict[str, Any]
 HUB_REMEDY = (

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from demo_model import cache_folder
+
+from data.demo_model import cache_folder
 
 PACKAGE, VERSION = "llamafactory", "0.9.5"
 FILE = "alpaca_en_demo.json"

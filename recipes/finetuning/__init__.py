@@ -1,0 +1,1 @@
+"""The run that all recipes share: `run.run`."""

@@ -1,0 +1,1 @@
+"""What the paper compares: `table.METHODS`, and the trainers that it takes."""
