@@ -59,7 +59,7 @@ def nan_on_the_last_process(out: Path) -> None:
         if rank() == 1:
             self.model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] = float("nan")
 
-    undo = before(LoRAGASFTTrainer, "initialize_lora_ga", poison)
+    undo = before(LoRAGASFTTrainer, "initialize_adapter", poison)
     try:
         training.train()
     finally:
