@@ -69,7 +69,7 @@ def test_a_launch_resumes_or_is_refused_with_the_version_it_needs(
     def make(steps):
         config = sft_config(max_steps=steps, save_strategy="steps", save_steps=1)
         trainer = LoRAGASFTTrainer(tiny_model(), config, train_dataset=prompt_completion, processing_class=tokenizer)
-        trainer.model.lora_ga.launch = launch
+        trainer.model.lora_ga.state.launch = launch
         return trainer
 
     make(1).train()

@@ -9,7 +9,7 @@ from .state import LoRAGAState
 from .weight import AdaptedWeight
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LoRAGAAdapter:
     """What is adapted, with which settings, and what has become of it."""
 
