@@ -38,10 +38,10 @@ from lora_ga_trainer import (
     LoRAGASFTTrainer,
 )
 from lora_ga_trainer.adapter.weight import AdaptedWeight
-from lora_ga_trainer.checkpoint import saving as saving_module
 from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict, histories
 from lora_ga_trainer.distributed import backends
 from lora_ga_trainer.gradient import accumulator
+from lora_ga_trainer.trainers import mixin as mixin_module
 
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 STEPS = 6
@@ -258,7 +258,7 @@ DEATHS = {
     "in the adapter file": lambda: die_while_writing(peft_model_module, "safe_save_file", lambda args: args[1]),
     "in the optimizer file": lambda: die_while_writing(torch, "save", lambda args: args[1]),
     "before the list of files": lambda: before(
-        saving_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
+        mixin_module, "mark_complete", lambda path: die() if "checkpoint-4" in str(path) else None
     ),
     "after the list of files": lambda: before(
         TrainerState, "save_to_json", lambda self, path: die() if "checkpoint-4" in path else None

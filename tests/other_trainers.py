@@ -139,7 +139,7 @@ def estimated_gradients(trainer: Trainer) -> dict[str, Tensor]:
     adapter = trainer.model.lora_ga
     accumulators = {name: make_accumulator(weight, trainer.args) for name, weight in adapter.weights.items()}
     with trainer.estimating(trainer.args.ga_seed) as (batches, _):
-        estimate_gradients(adapter, accumulators, Objective(trainer.model, batches, trainer.estimation_loss))
+        estimate_gradients(adapter, accumulators, Objective(trainer.model, list(batches), trainer.estimation_loss))
     return {name: accumulator.grad_OI for name, accumulator in accumulators.items()}
 
 

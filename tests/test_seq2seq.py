@@ -52,7 +52,7 @@ def test_the_gradient_is_autograds_without_dropout(make):
     seen = {}
     for name, layer in trainer.model.lora_ga.weights.items():
         seen[name] = layer.layer.get_base_layer().weight.detach().clone()
-    batches = trainer.sample_batches(trainer.args.ga_seed)
+    batches = list(trainer.sample_batches(trainer.args.ga_seed))
     assert [len(batch["labels"]) for batch in batches] == [3, 3, 2]
     trainer.initialize_adapter()
 

@@ -165,7 +165,7 @@ def test_other_callbacks_see_the_run_as_it_starts(make_trainer):
 
 def test_only_prompts_of_the_sample_are_masked_and_seeds_draw_it(make_trainer):
     trainer = make_trainer(ga_num_samples=8, ga_batch_size=3)
-    batches = trainer.sample_batches(trainer.args.ga_seed)
+    batches = list(trainer.sample_batches(trainer.args.ga_seed))
     assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 2]
     for batch in batches:
         assert (batch["labels"][:, 0] == -100).all() and batch["labels"].ne(-100).any(dim=1).all()
@@ -186,7 +186,7 @@ def test_batch_size_defaults_to_half_the_training_batch(make_trainer, training, 
 def test_estimation_loss_is_the_training_loss(make_trainer):
     """Over all sampled examples it adds up to the token-weighted mean that training minimizes."""
     trainer = make_trainer(ga_num_samples=24, ga_batch_size=5)
-    batches = trainer.sample_batches(trainer.args.ga_seed)
+    batches = list(trainer.sample_batches(trainer.args.ga_seed))
     num_items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
     with torch.no_grad():
         total = sum(trainer.estimation_loss(trainer.model, batch, num_items).item() for batch in batches)

@@ -13,21 +13,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..arguments import LoRAGAArguments, LoRAGATrainingArguments
-from ..checkpoint.completeness import check_writable
-from ..checkpoint.model_card import TAG
-from ..checkpoint.saving import AdapterCheckpointsMixin
-from ..compatibility import check_checkpointing_kwargs
+from ..checkpoint.adapter_files import adapter_directory, adapter_state_dict
+from ..checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
+from ..checkpoint.model_card import TAG, add_lora_ga
+from ..compatibility import check_checkpointing_kwargs, check_resuming
 from ..distributed.backends import rank, world_size
 from ..distributed.launches import (
     check_checkpointing,
@@ -38,50 +38,23 @@ from ..distributed.launches import (
     launch_of,
 )
 from ..gradient.objective import items_in
-from ..gradient.probe import preserved_rng
 from ..initialization import attach_lora_ga
 from ..initialization.initialize import restart_from_gradient, start_from_gradient
 from ..report import InitReport
+from .callback import LoRAGACallback
 from .data import check_not_empty, draw_examples
-from .restarts import check_schedule, restart_is_due, rewarm
+from .restarts import check_schedule, rewarm
 
 logger = logging.getLogger(__name__)
 
 
-class LoRAGACallback(TrainerCallback):
-    """Runs the initialization on the prepared model, before the first step and only then, and the restarts when due."""
-
-    def __init__(self, trainer: "LoRAGAMixin"):
-        self.trainer = trainer
-        self.earlier_restarts = 0
-        """Those of an earlier call of `train`, whose steps count for themselves."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.start_clock()
-        # A resumed run has its report from the checkpoint; a run that `auto_find_batch_size` starts again, or a second
-        # call of `train`, has one already.
-        if self.trainer.lora_ga_report is None:
-            self.trainer.initialize_adapter()
-        last = [self.trainer.lora_ga_report, *self.trainer.model.lora_ga.state.restarts][-1]
-        if not any(last.metrics().items() <= entry.items() for entry in state.log_history):
-            self.trainer.unlogged = last.metrics()
-        if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
-            logger.warning(
-                f"The checkpoint's run has finished: {state.global_step:,} of {state.max_steps:,} steps. Nothing is trained. "
-                "To train on, raise `max_steps` or `num_train_epochs`."
-            )
-        if args.ga_restart_steps is not None:
-            due = state.global_step // args.ga_restart_steps
-            self.earlier_restarts = max(0, len(self.trainer.model.lora_ga.state.restarts) - due)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
-        made = len(self.trainer.model.lora_ga.state.restarts) - self.earlier_restarts
-        if restart_is_due(args, state.global_step, made):
-            self.trainer.restart_adapter()
+if TYPE_CHECKING:
+    Base = Trainer  # the mixin comes before one
+else:
+    Base = object
 
 
-class LoRAGAMixin(AdapterCheckpointsMixin):
+class LoRAGAMixin(Base):
     """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
@@ -156,7 +129,7 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
                 `initialization.attach_lora_ga` raises.
         """
         if self.args.should_save:
-            check_writable(Path(self.args.output_dir))  # type: ignore[arg-type]  # TrainingArguments has filled it in
+            check_writable(self.output_path)
         launch = launch_of(self.accelerator, self.model)
         # a string has been parsed
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
@@ -190,6 +163,10 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
         self.callback_handler.callbacks.insert(0, LoRAGACallback(self))
 
     @property
+    def output_path(self) -> Path:
+        return Path(self.args.output_dir)  # type: ignore[arg-type]  # TrainingArguments has filled it in
+
+    @property
     def lora_ga_report(self) -> InitReport | None:
         """What the initialization found, None before it."""
         return self.model.lora_ga.state.report
@@ -209,12 +186,12 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
         self.unlogged = report.metrics()
 
     @contextmanager
-    def estimating(self, seed: int) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
+    def estimating(self, seed: int) -> Iterator[tuple[Iterator[dict[str, Tensor]], bool]]:
         """Yields the batches to estimate on and whether to hide the progress bar; nothing that training reads is changed."""
-        with preserved_rng(), self.unchanged_metrics(), self.plain_batch_mean():
+        with self.unchanged_metrics(), self.plain_batch_mean():
             yield self.sample_batches(seed), self.args.disable_tqdm or not self.is_world_process_zero()
 
-    def sample_batches(self, seed: int) -> list[dict[str, Tensor]]:
+    def sample_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """This process's share of `ga_num_samples` examples of the prepared training set, through the trainer's collator.
 
         All processes draw the same examples with `seed` and take every n-th of them, each from its own start.
@@ -232,7 +209,8 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
         # With gradient checkpointing and small batches too few are saved; see docs/how_it_works.md, "Its memory".
         # The estimation runs on one device, also where `nn.DataParallel` trains on several.
         size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
-        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+        for start in range(0, len(examples), size):
+            yield collate(examples[start : start + size])
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
         """The loss that will be trained on, as this batch's share of the mean over all sampled examples.
@@ -270,13 +248,20 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
             rewarm(scheduler, self.args)
         return scheduler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """`Trainer.train`; see `AdapterCheckpointsMixin.train` for resuming.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`; a checkpoint is checked before anything is loaded, and `True` means the last complete one.
 
         Raises:
-            ValueError: the checkpoint is not complete, or not one of this run; the training set could be read only once;
-                also what `initialize_lora_ga` raises.
+            ValueError: the checkpoint is incomplete, or not one of this run, or the installed versions cannot resume; the
+                training set could be read only once; also what `initialize_lora_ga` raises.
         """
+        if resume_from_checkpoint:
+            is_last = resume_from_checkpoint is True
+            directory = last_complete(self.output_path) if is_last else Path(resume_from_checkpoint)  # type: ignore[arg-type]  # not True
+            launch = self.model.lora_ga.state.launch
+            check_can_resume(self.model.lora_ga, directory, launch)
+            check_resuming(launch, self.args.device)
+            resume_from_checkpoint = str(directory)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
             raise ValueError(
@@ -285,6 +270,66 @@ class LoRAGAMixin(AdapterCheckpointsMixin):
                 "`IterableDataset.from_generator` a function that makes a new generator."
             )
         return output
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        epochs_trained, steps_trained_in_current_epoch = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        if self.state.global_step >= max_steps:
+            # Trainer would train one more step each time that a job is started again (transformers 5.23). No epoch is left.
+            epochs_trained, steps_trained_in_current_epoch = num_train_epochs, 0
+        return epochs_trained, steps_trained_in_current_epoch
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
+            # are in none of those; the adapter's files have all of it, in every backend.
+            name = self.model.lora_ga.name
+            self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history. Without them Trainer would look
+        # for the adapter where "default" is, also if that is another one.
+        name = self.model.lora_ga.name
+        best = self.state.best_model_checkpoint
+        assert best is not None  # Trainer asks before it calls this
+        self.model.load_adapter(adapter_directory(best, name), name, is_trainable=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
+
+        Every process has to call it; only those that write hold the whole adapter.
+        """
+        state_dict = adapter_state_dict(self.model, keep=self.args.should_save)
+        if self.args.should_save:  # transformers before 5.23 takes whoever calls `_save` for the writer
+            self._save(output_dir or self.args.output_dir, state_dict=state_dict)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        directory = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            remove_former(directory)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # so that all processes see the same checkpoints
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last that every process writes. After it come `trainer_state.json` and the removal of older checkpoints.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_lora_ga(self.model, self.output_path / "README.md")
 
     def start_clock(self) -> None:
         """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""
