@@ -10,7 +10,7 @@ trainer.save_model()                                          an ordinary LoRA a
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..arguments import LoRAGAArguments, LoRAGATrainingArguments
@@ -41,11 +41,24 @@ from ..gradient.objective import items_in
 from ..initialization import attach_lora_ga
 from ..initialization.initialize import restart_from_gradient, start_from_gradient
 from ..report import InitReport
-from .callback import LoRAGACallback
 from .data import check_not_empty, draw_examples
-from .restarts import check_schedule, rewarm
+from .restarts import check_schedule, restart_is_due, rewarm
 
 logger = logging.getLogger(__name__)
+
+
+class LoRAGACallback(TrainerCallback):
+    """Calls a trainer's `begin` on the prepared model before the first step, and its `begin_step` before every one."""
+
+    def __init__(self, begin: Callable[[TrainerState], None], begin_step: Callable[[TrainerState], None]):
+        self.begin, self.begin_step = begin, begin_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin(state)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
+        self.begin_step(state)
 
 
 if TYPE_CHECKING:
@@ -82,6 +95,9 @@ class LoRAGAMixin(Base):
 
     unlogged: dict[str, float]
     """Metrics of an initialization or a restart that wait for the next entry of the log."""
+
+    earlier_restarts = 0
+    """Those of an earlier call of `train`, whose steps count for themselves."""
 
     started: float | None = None
     """When training began, on the clock of `time.perf_counter`."""
@@ -160,7 +176,7 @@ class LoRAGAMixin(Base):
         # Trainer sets it with each step, and the initialization comes before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         # before all others, so that they see the run as it starts
-        self.callback_handler.callbacks.insert(0, LoRAGACallback(self))
+        self.callback_handler.callbacks.insert(0, LoRAGACallback(self.begin, self.begin_step))
 
     @property
     def output_path(self) -> Path:
@@ -170,6 +186,30 @@ class LoRAGAMixin(Base):
     def lora_ga_report(self) -> InitReport | None:
         """What the initialization found, None before it."""
         return self.model.lora_ga.state.report
+
+    def begin(self, state: TrainerState) -> None:
+        """Initialize the adapter, unless it has been: a resumed run has its report from the checkpoint; one that
+        `auto_find_batch_size` starts again, or a second call of `train`, has one already."""
+        self.start_clock()
+        if self.lora_ga_report is None:
+            self.initialize_adapter()
+        restarts = self.model.lora_ga.state.restarts
+        last = [self.lora_ga_report, *restarts][-1].metrics()
+        if not any(last.items() <= entry.items() for entry in state.log_history):
+            self.unlogged = last
+        if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
+            logger.warning(
+                f"The checkpoint's run has finished: {state.global_step:,} of {state.max_steps:,} steps. Nothing is trained. "
+                "To train on, raise `max_steps` or `num_train_epochs`."
+            )
+        if self.args.ga_restart_steps is not None:
+            self.earlier_restarts = max(0, len(restarts) - state.global_step // self.args.ga_restart_steps)
+
+    def begin_step(self, state: TrainerState) -> None:
+        """Restart from a fresh gradient if it is time."""
+        made = len(self.model.lora_ga.state.restarts) - self.earlier_restarts
+        if restart_is_due(self.args, state.global_step, made):
+            self.restart_adapter()
 
     def initialize_adapter(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
