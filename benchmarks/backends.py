@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hardware import hardware_line
+from measuring.hardware import hardware_line
+from measuring.results import markdown_table
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU: the configurations are for CPUs
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -39,7 +40,7 @@ def runs(model: str) -> list[Run]:
     ]
 
 
-def row(name: str, found: dict[str, dict], reference: dict[str, dict]) -> str:
+def row(name: str, found: dict[str, dict], reference: dict[str, dict]) -> list[str]:
     exact, resumed = found["exact"], found["resumed"]
     errors = [factor_error(found[run]["adapter"], reference[run]["adapter"]) for run in ("exact", "sketch")]
     loss = max(
@@ -50,7 +51,7 @@ def row(name: str, found: dict[str, dict], reference: dict[str, dict]) -> str:
         (resumed["adapter"][key] - value).abs().max().item() for key, value in exact["adapter"].items()
     )
     report = found["sketch"]["report"]
-    cells = [
+    return [
         name,
         str(exact["launch"].world_size),
         *(f"{error:.1e}" for error in errors),
@@ -59,7 +60,6 @@ def row(name: str, found: dict[str, dict], reference: dict[str, dict]) -> str:
         " + ".join(f"{count:,}" for count in report.all_reduced_bytes),
         f"{report.seconds:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -68,21 +68,20 @@ def main() -> None:
     model = str(folder / "base")
     tiny_model().save_pretrained(model)
     reference = {run.name: execute(run, folder / "one_process" / run.name) for run in runs(model)}
-    lines = []
+    rows = []
     for name, config in BACKENDS.items():
         out = folder / config
         found = launch(config, runs(model), out)
         checkpoint = str(out / f"exact/checkpoint-{STEPS // 2}")
         found |= launch(config, [Run("resumed", model, SAVING, {"r": 2}, resume=checkpoint)], out)
-        lines.append(row(name, found, reference))
+        rows.append(row(name, found, reference))
 
     print("\n`python benchmarks/backends.py`\n")
-    print(
-        "| backend | processes | factor error, exact | factor error, sketch | loss-curve difference, 5 steps | "
-        "resume difference, loss / weights | bytes all-reduced per process, by pass | init seconds |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    print("\n".join(lines))
+    header = [
+        "backend", "processes", "factor error, exact", "factor error, sketch", "loss-curve difference, 5 steps",
+        "resume difference, loss / weights", "bytes all-reduced per process, by pass", "init seconds",
+    ]  # fmt: skip
+    print(markdown_table(header, rows))
     print(f"\n{hardware_line()}. One process: {reference['sketch']['report'].seconds:.2f} s.")
 
 

@@ -14,38 +14,14 @@ sends and every link carries 2·(N − 1)/N·S: nearly 2·S however many there a
 real runs, byte for byte.
 """
 
-from dataclasses import dataclass
+from costs.on_paper import MODELS, TEST_COLUMNS, Model, gigabytes
+from measuring.results import markdown_table
 
 RANK = 8
 SKETCH_WIDTH = 2 * RANK + 32
-TEST_COLUMNS = 8
 PASSES = 2
 BYTES = 4
 PROCESSES = (8, 64, 512)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A Llama by its published configuration; every linear layer but the head is a target."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    key_value: int
-    """Outputs of k_proj and of v_proj: key-value heads × head dimension."""
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """(O, I) of the targets in one decoder layer."""
-        h, m, kv = self.hidden, self.intermediate, self.key_value
-        return [(h, h), (kv, h), (kv, h), (h, h), (m, h), (m, h), (h, m)]
-
-
-MODELS = [
-    Model("Llama-2-7B", layers=32, hidden=4096, intermediate=11008, key_value=4096),
-    Model("Llama-3-70B", layers=80, hidden=8192, intermediate=28672, key_value=1024),
-    Model("Llama-3.1-405B", layers=126, hidden=16384, intermediate=53248, key_value=1024),
-]
 
 
 def exact_bytes(model: Model) -> list[int]:
@@ -75,28 +51,25 @@ def on_a_ring(total: int, processes: int) -> float:
     return 2 * (processes - 1) / processes * total
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f}" if count < 1e11 else f"{count / 1e9:,.0f}"
-
-
 def main() -> None:
     print("\n`python benchmarks/communication.py`\n")
     print(f"r = {RANK}, K = {SKETCH_WIDTH}, {PASSES} passes; GB = 10⁹ bytes.\n")
-    print("| model | exact, GB per process | sketch by pass, GB per process | in all | factors, GB |")
-    print("|---|---|---|---|---|")
+    rows = []
     for model in MODELS:
         sketch = sketch_bytes(model)
-        by_pass = " + ".join(gigabytes(count) for count in sketch)
-        cells = [gigabytes(sum(exact_bytes(model))), by_pass, gigabytes(sum(sketch)), gigabytes(factor_bytes(model))]
-        print(f"| {model.name} | {' | '.join(cells)} |")
+        by_pass = " + ".join(map(gigabytes, sketch))
+        totals = [gigabytes(sum(exact_bytes(model))), by_pass, gigabytes(sum(sketch)), gigabytes(factor_bytes(model))]
+        rows.append([model.name, *totals])
+    header = ["model", "exact, GB per process", "sketch by pass, GB per process", "in all", "factors, GB"]
+    print(markdown_table(header, rows))
     print("\nGB that each process sends, and each link of a ring carries, over the whole estimation:\n")
     columns = [f"{what}, {count} processes" for count in PROCESSES for what in ("exact", "sketch")]
-    print(f"| model | {' | '.join(columns)} | exact / sketch |")
-    print("|---" * (len(columns) + 2) + "|")
+    rows = []
     for model in MODELS:
         exact, sketch = sum(exact_bytes(model)), sum(sketch_bytes(model))
-        cells = [gigabytes(on_a_ring(total, count)) for count in PROCESSES for total in (exact, sketch)]
-        print(f"| {model.name} | {' | '.join(cells)} | {exact / sketch:.0f} |")
+        sent = [gigabytes(on_a_ring(total, count)) for count in PROCESSES for total in (exact, sketch)]
+        rows.append([model.name, *sent, f"{exact / sketch:.0f}"])
+    print(markdown_table(["model", *columns, "exact / sketch"], rows))
 
 
 if __name__ == "__main__":

@@ -14,74 +14,19 @@ method gets its best learning rate again with `best_seeds`. Finished runs are in
 again.
 """
 
-import gc
-import importlib
-import itertools
 import json
-import math
-import sys
-import tempfile
-import time
 import zlib
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from convergence_analysis import final_loss
-from results import Results
-from transformers import AutoTokenizer, TrainerCallback, set_seed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from finetuning.recipe import Options, Recipe
-from finetuning.run import check_evaluation, parse
-from peft_lora_ga import with_pefts_lora_ga
+from measuring.results import Results
+from sweeps.analysis import final_loss
+from sweeps.grids import arm_of, grid_runs
+from sweeps.training import run
 
 RUNS = Results("convergence")
-
-
-def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given: a GPU works on while Python reads the clock."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds spent in training steps so far; evaluation and initialization do not count."""
-
-    def __init__(self):
-        self.seconds, self.at = 0.0, {0: 0.0}
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        finish(args.device)
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        finish(args.device)
-        self.seconds += time.perf_counter() - self.started
-        self.at[state.global_step] = self.seconds
-
-
-def combinations(common: dict[str, Any], grid: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of every run of a grid: each of its lists contributes one value.
-
-    >>> combinations({"r": 8}, {"method": ["lora", "full"], "seed": 1})
-    [{'r': 8, 'method': 'lora', 'seed': 1}, {'r': 8, 'method': 'full', 'seed': 1}]
-    """
-    lists = [value if isinstance(value, list) else [value] for value in grid.values()]
-    return [common | dict(zip(grid, values, strict=True)) for values in itertools.product(*lists)]
-
-
-def grid_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of all runs of a sweep's grids, in order."""
-    return [settings for grid in sweep["grids"] for settings in combinations(sweep["common"], grid)]
-
-
-def arm_of(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What a run is an example of, whatever its learning rate and seed."""
-    return tuple((name, value) for name, value in sorted(settings.items()) if name not in ("learning_rate", "seed"))
 
 
 def best_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,63 +46,6 @@ def best_runs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 def share_of(settings: dict[str, Any], shares: int) -> int:
     """Which of the shares 1 to `shares` makes this run, whatever other runs a process knows of."""
     return zlib.crc32(json.dumps(settings, sort_keys=True).encode()) % shares + 1
-
-
-def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train once; the held-out loss on the way, and what the initialization took."""
-    recipe = importlib.import_module(settings["recipe"]).RECIPE
-    options = [(name, value) for name, value in settings.items() if name not in ("recipe", "threads")]
-    argv = [text for name, value in options for text in (f"--{name}", str(value))]
-    torch.set_num_threads(settings["threads"])
-    with with_pefts_lora_ga():
-        return train_and_evaluate(recipe, parse(recipe, argv))
-
-
-def train_and_evaluate(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """The run of a recipe with its options."""
-    training = options.training
-    training.eval_on_start, training.eval_strategy = True, "steps"
-    training.output_dir = "outputs/convergence"
-    path = options.model.model_name_or_path = options.model.model_name_or_path or recipe.demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    train, held_out = recipe.datasets(options, tokenizer)
-    check_evaluation(recipe, options)  # before minutes of training
-    set_seed(training.seed)
-    trainer = recipe.trainer(options, tokenizer, train, held_out)
-    stopwatch = Stopwatch()
-    trainer.callback_handler.callbacks.insert(0, stopwatch)  # before the one that restarts, whose time counts
-    started = time.perf_counter()
-    trainer.train()
-    log = trainer.state.log_history
-    found = {
-        "held_out": [
-            {"step": e["step"], "seconds": round(stopwatch.at[e["step"]], 2), "loss": finite(e["eval_loss"])}
-            for e in log
-            if "eval_loss" in e
-        ],
-        "train_losses": [finite(entry["loss"]) for entry in log if "loss" in entry],
-        "init": next(
-            ({k: v for k, v in entry.items() if k.startswith("ga/")} for entry in log if "ga/init_seconds" in entry), {}
-        ),
-        "wall_seconds": round(time.perf_counter() - started, 1),
-    }
-    names, source = recipe.asked(options)
-    if names:
-        from evaluation import harness  # an extra
-
-        with tempfile.TemporaryDirectory() as folder:
-            scored = harness.evaluate(trainer.model, tokenizer, names, Path(folder), options.evaluation, source)
-        (metrics,) = scored.values()
-        found["score"] = next(value for name, value in metrics.items() if "," in name)  # "metric,filter"
-        found["items"] = metrics["sample_len"]
-    del trainer
-    gc.collect()
-    return found
-
-
-def finite(value: float) -> float | None:
-    """None, which JSON has, for what is no number."""
-    return round(value, 5) if math.isfinite(value) else None
 
 
 def main():

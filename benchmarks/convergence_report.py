@@ -12,11 +12,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import yaml
-from convergence import RUNS, arm_of, grid_runs
-from convergence_analysis import Arm, final_loss, near_best, steps_to
-from results import markdown_table
+from measuring.results import PLOTS, Results, markdown_table
+from sweeps.analysis import Arm, final_loss, near_best, steps_to
+from sweeps.grids import arm_of, grid_runs
 
-PLOTS = Path(__file__).parent / "plots"
+RUNS = Results("convergence")
 USUAL_RATES = (1e-4, 2e-4)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe & Ito
 MARKERS = "osD^vP*X"

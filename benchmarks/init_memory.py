@@ -24,11 +24,12 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 
 import torch
-from communication import MODELS, TEST_COLUMNS, Model, gigabytes
-from hardware import device_name
-from results import Results, markdown_table
-from scaling_point import Point, random_batches, random_llama, with_lora
-from variant_process import add_variant_arguments, report, run_variant
+from costs.models import llama_shape, lora_config, random_llama
+from costs.on_paper import MODELS, TEST_COLUMNS, Model, gigabytes
+from measuring.hardware import device_name
+from measuring.processes import add_variant_arguments, report, run_variant
+from measuring.results import Results, markdown_table
+from peft import get_peft_model
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.gradient.memory import peak_memory
@@ -62,20 +63,17 @@ def measure_variant(args: Namespace) -> dict[str, int]:
     what, size, checkpointing = args.variant.split("/")
     batch_size = int(size)
     estimated = max(1, batch_size // 2)
-    point = Point(
-        samples=batch_size, width=1024, layers=8, rank=8, batch_size=batch_size, length=256, device=args.device
-    )
-    device = torch.device(args.device)
-    model = with_lora(random_llama(point, device).to(torch.bfloat16), point)
+    device, shape = torch.device(args.device), llama_shape(width=1024, layers=8)
+    model, (batch,) = random_llama(shape, batch_size, 256, batch_size, torch.bfloat16, device)
+    model = get_peft_model(model, lora_config(8))
     if checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    (batch,) = random_batches(point, device)
     halved = {name: value[:estimated] for name, value in batch.items()}
     # Once before: kernels and thread buffers that any first use loads are no cost of either.
     short = {name: value[:1, :16] for name, value in batch.items()}
     initialize_lora_ga(model, [short], LoRAGAArguments(), disable_tqdm=True)
     if what == "initialization":
-        model = with_lora(model.unload(), point)
+        model = get_peft_model(model.unload(), lora_config(8))
         if checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with peak_memory(device) as peak:
@@ -109,7 +107,7 @@ def main() -> None:
                 for what in WHAT:
                     variant = f"{what}/{size}/{checkpointing}"
                     settings = {"variant": variant, "hardware": device_name()}
-                    run = results.measure(settings, partial(run_variant, variant, sys.argv[1:], work))
+                    run = results.measure(settings, partial(run_variant, __file__, variant, sys.argv[1:], work))
                     peaks.append(run["peak"] / 2**20)
                 rows.append(
                     [checkpointing, str(size), *(f"{peak:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"]

@@ -12,34 +12,27 @@ Prints the exponents p of y ~ x^p, fitted from the middle value of each axis up,
 extra `plot`). About 8 minutes on 2 cores.
 """
 
+import json
 import os
-import statistics
 import sys
+import tempfile
 from argparse import ArgumentParser
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from hardware import device_name, hardware_line
-from results import Results, markdown_table
-from scaling_point import Point, measure
+import torch.distributed as dist
+from costs import growth
+from costs.growth import Plan, Point, curve
+from measuring.hardware import device_name, hardware_line
+from measuring.processes import MALLOC, add_variant_arguments, report, run_variant
+from measuring.results import Results, markdown_table
+
+from lora_ga_trainer.distributed.backends import rank, world_size
 
 Measured = dict[str, dict[int, list[dict[str, Any]]]]
 """By axis and value, the runs of all repeats."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A base point, and the values that its quantities take one at a time."""
-
-    base: Point
-    values: dict[str, list[int]]
-
-    def points(self, axis: str) -> dict[int, Point]:
-        return {value: replace(self.base, **{axis: value}) for value in self.values[axis]}
 
 
 def process_counts(device: str) -> list[int]:
@@ -84,36 +77,31 @@ EXPECTED = {
 }
 
 
-def power_law(xs: Iterable[float], ys: Iterable[float]) -> tuple[float, float] | None:
-    """(p, c) of y = c·x^p, by least squares on the logarithms; None if there are no two points, or a y that has none."""
-    xs, ys = list(xs), list(ys)
-    if len(xs) < 2 or not all(ys):
-        return None
-    p, log_c = np.polyfit(np.log(xs), np.log(ys), 1)
-    return float(p), float(np.exp(log_c))
+def worker(point: Point, work: str) -> None:
+    """Measure `point` in this process, or in this and its siblings under torchrun; the first reports what they found."""
+    device = torch.device(point.device, int(os.environ.get("LOCAL_RANK", 0)) if point.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if point.processes > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+        assert dist.get_backend() == backend
+    assert world_size() == point.processes
+
+    found = growth.measure(point, device)
+    if rank() == 0:
+        report(work, found)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        os._exit(0)  # with gloo the interpreter's own end aborts now and then, when all is done
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One quantity along one axis."""
-
-    xs: list[int]
-    repeats: list[list[float | None]]
-    """For each x the repeats' values; None where the platform cannot measure it."""
-
-    @property
-    def medians(self) -> list[float | None]:
-        return [None if None in ys else statistics.median(ys) for ys in self.repeats]
-
-    @property
-    def fitted_xs(self) -> list[int]:
-        """From the middle value up, where what does not grow weighs least; of two values both."""
-        return self.xs[(len(self.xs) - 1) // 2 :]
-
-    @property
-    def fit(self) -> tuple[float, float] | None:
-        """(p, c) of the medians at `fitted_xs`."""
-        return power_law(self.fitted_xs, self.medians[-len(self.fitted_xs) :])
+def measure(point: Point) -> dict[str, Any]:
+    """What the processes of one `point` found."""
+    variant, environment = json.dumps(asdict(point)), MALLOC | {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as work:
+        return run_variant(__file__, variant, [], work, environment, point.processes)
 
 
 def measure_all(plan: Plan, repeats: int, results: Results) -> Measured:
@@ -127,10 +115,6 @@ def measure_all(plan: Plan, repeats: int, results: Results) -> Measured:
                 print(f"{axis} {value}, repeat {repeat}: {run['seconds']:.2f} s", file=sys.stderr)
                 found[axis][value].append(run)
     return found
-
-
-def curve(runs: dict[int, list[dict[str, Any]]], quantity: str) -> Curve:
-    return Curve(list(runs), [[run[quantity] for run in repeats] for repeats in runs.values()])
 
 
 def exponents_table(found: Measured) -> str:
@@ -158,7 +142,10 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    add_variant_arguments(parser)
     args = parser.parse_args()
+    if args.variant:
+        return worker(Point(**json.loads(args.variant)), args.work)
 
     chosen = plan(args.device)
     found = measure_all(chosen, args.repeats, Results("scaling"))
@@ -167,7 +154,7 @@ def main() -> None:
     print(f"Exponents of the medians of {args.repeats} runs. The base point: {chosen.base}.\n")
     print(exponents_table(found))
     print(f"\n{processes_table(found['processes'])}\n")
-    from scaling_plot import draw  # here, so that `gpu.py` measures without the extra `plot`
+    from costs.growth_plot import draw  # here, so that the workers start without matplotlib
 
     by_quantity = {axis: {quantity: curve(runs, quantity) for quantity in QUANTITIES} for axis, runs in found.items()}
     print(draw(by_quantity, f"{device_name()}. Base point: {chosen.base}."))

@@ -12,7 +12,8 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from backend_worker import INPUTS, STEPS, Run, execute, factor_error
-from communication import Model, exact_bytes, sketch_bytes
+from communication import exact_bytes, sketch_bytes
+from costs.on_paper import Model
 from launching import (
     PYTHON,
     REPOSITORY,

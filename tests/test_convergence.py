@@ -8,11 +8,13 @@ import convergence
 import convergence_report
 import pytest
 import yaml
-from convergence_analysis import Arm, near_best, steps_to
 from finetuning.run import parse
-from peft_lora_ga import with_pefts_lora_ga
+from measuring.results import Results
 from recipe_cases import options, write
-from results import Results
+from sweeps import training
+from sweeps.analysis import Arm, near_best, steps_to
+from sweeps.grids import arm_of, grid_runs
+from sweeps.peft_lora_ga import with_pefts_lora_ga
 
 TASK = {"recipe": "metamath", "r": 8, "max_steps": 60}
 
@@ -70,14 +72,14 @@ def test_a_grid_is_every_combination_of_its_lists():
         "common": {"r": 8},
         "grids": [{"method": ["lora", "full"], "learning_rate": [0.1, 0.2]}, {"method": "pissa"}],
     }
-    runs = convergence.grid_runs(sweep)
+    runs = grid_runs(sweep)
     assert runs[1] == {"r": 8, "method": "lora", "learning_rate": 0.2}
     assert len(runs) == 5 and runs[-1] == {"r": 8, "method": "pissa"}
 
 
 def test_every_run_is_in_one_share():
     sweep = {"common": {"r": 8}, "grids": [{"seed": list(range(40))}]}
-    shares = [convergence.share_of(settings, 3) for settings in convergence.grid_runs(sweep)]
+    shares = [convergence.share_of(settings, 3) for settings in grid_runs(sweep)]
     assert set(shares) == {1, 2, 3} and min(shares.count(share) for share in (1, 2, 3)) > 5
     assert convergence.share_of({"b": 1, "a": 2}, 3) == convergence.share_of({"a": 2, "b": 1}, 3)
 
@@ -176,7 +178,7 @@ def test_a_run_answers_its_benchmark_where_it_is_asked_to(tmp_path, monkeypatch)
     settings = dict(zip([flag.removeprefix("--") for flag in flags[::2]], flags[1::2], strict=True))
     del settings["output_dir"]
     monkeypatch.chdir(tmp_path)
-    found = convergence.run(settings | {"recipe": "metamath", "method": "lora", "threads": 1, "eval_steps": 3})
+    found = training.run(settings | {"recipe": "metamath", "method": "lora", "threads": 1, "eval_steps": 3})
     assert found["items"] == 3
     assert 0 <= found["score"] <= 1
 
@@ -184,8 +186,8 @@ def test_a_run_answers_its_benchmark_where_it_is_asked_to(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_every_run_of_the_sweeps_at_hand_is_one_that_its_recipe_takes(name):
     sweep = yaml.safe_load((Path(convergence.__file__).parent / f"sweeps/{name}.yaml").read_text())
-    runs = convergence.grid_runs(sweep)
-    for settings in {convergence.arm_of(run): run for run in runs}.values():
+    runs = grid_runs(sweep)
+    for settings in {arm_of(run): run for run in runs}.values():
         recipe = importlib.import_module(settings["recipe"]).RECIPE
         argv = [
             text
@@ -199,6 +201,6 @@ def test_every_run_of_the_sweeps_at_hand_is_one_that_its_recipe_takes(name):
     by_arm = {}
     for run in runs:
         if "evaluate" not in run:
-            by_arm.setdefault(convergence.arm_of(run), []).append(run["learning_rate"])
+            by_arm.setdefault(arm_of(run), []).append(run["learning_rate"])
     assert max(len(rates) for rates in by_arm.values()) >= 6
     assert sweep["best_seeds"]

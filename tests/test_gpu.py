@@ -98,7 +98,7 @@ def test_a_piece_that_fails_keeps_its_rows_and_ends_the_worker(tmp_path, monkeyp
 
 @pytest.mark.parametrize("make", ["addition", "subtraction"])
 def test_the_word_sums_add_up(make):
-    import word_sums
+    from sweeps import word_sums
 
     tokenizer = word_sums.character_tokenizer()
     for seed in range(50):
@@ -117,12 +117,12 @@ def test_the_shares_are_those_of_nine_minutes():
 
 @pytest.mark.parametrize("sizes", [gpu.FULL, gpu.TENTH], ids=["full", "tenth"])
 def test_its_models_and_its_recipe_are_there(sizes):
-    import models
+    from costs.models import SHAPES
     from finetuning.run import parse
     from metamath import RECIPE
-    from word_sums import Learning
+    from sweeps.word_sums import Learning
 
-    assert {sizes.smollm2.name, sizes.llama.name, Learning(**sizes.learning).shapes} <= models.SHAPES.keys()
+    assert {sizes.smollm2.name, sizes.llama.name, Learning(**sizes.learning).shapes} <= SHAPES.keys()
     for method in gpu.METHODS:
         options = sizes.sweep | {"bf16": False} | method  # bf16 wants the hardware
         argv = [text for name, value in options.items() if name != "threads" for text in (f"--{name}", str(value))]
@@ -130,8 +130,8 @@ def test_its_models_and_its_recipe_are_there(sizes):
 
 
 def test_the_shapes_of_smollm2_are_those_of_its_weights():
+    from costs.models import SMOLLM2
     from data.demo_model import demo_model_path
-    from models import SMOLLM2
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(demo_model_path())

@@ -1,6 +1,6 @@
 """The benchmarks' results: no run is lost, none is made twice."""
 
-from results import Results, markdown_table
+from measuring.results import Results, markdown_table
 
 
 def test_a_torn_last_line_is_no_run_and_the_next_starts_afresh(tmp_path):

@@ -4,9 +4,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import scaling
-from results import Results
-from scaling import Curve, Plan, power_law
-from scaling_point import Point, measure
+from costs.growth import Curve, Plan, Point, power_law
+from measuring.results import Results
 
 TINY = Point(samples=2, width=64, layers=1, rank=2, batch_size=2, length=8)
 
@@ -57,6 +56,6 @@ def test_a_real_point_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_two_processes_share_the_samples_of_one():
-    found = measure(replace(TINY, batch_size=1, processes=2))
+    found = scaling.measure(replace(TINY, batch_size=1, processes=2))
     assert found["seconds"] > 0
     assert found["all_reduced_bytes"] == [found["gradient_bytes"]]

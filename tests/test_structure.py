@@ -1,6 +1,7 @@
-"""The plan of the package: rooms that import downwards only."""
+"""The plan of the package and of the benchmarks: rooms that import downwards only."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ FLOORS = (
 """From the ground up. A room imports from lower floors and from itself; the ground floor's files from each other."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARK_ROOMS = ("measuring", "costs", "sweeps")
+"""From the ground up, below the programs."""
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -68,3 +72,27 @@ def test_only_one_room_knows_processes():
             for module in modules:
                 if module.startswith(("deepspeed", "torch.distributed")):
                     assert file.parts[0] == "distributed", f"{file} imports {module}"
+
+
+def test_no_benchmark_is_imported_and_none_imports_in_a_circle():
+    """Also inside functions: programs import from the rooms below them, a room from lower ones and from itself."""
+    files = [path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py") if path.name != "__init__.py"]
+    modules = {".".join(file.with_suffix("").parts): file for file in files}
+    floors = {room: floor for floor, room in enumerate(BENCHMARK_ROOMS)}
+    assert {file.parts[0] for file in files if len(file.parts) > 1} == floors.keys()
+    imports = {}
+    for name, file in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse((BENCHMARKS / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file} imports relatively"
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        imports[name] = found & modules.keys()
+        for other in imports[name]:
+            assert "." in other, f"{file} imports the program {other}"
+            room, others_room = name.split(".")[0], other.split(".")[0]
+            assert floors[others_room] <= floors.get(room, len(floors)), f"{file} imports {other}"
+    assert sum(map(len, imports.values())) > 30, "they are found"
+    TopologicalSorter(imports).prepare()  # raises where there is a circle

@@ -1,25 +1,17 @@
-"""What the benchmarks of costs run on: a small real model, and layers in the shapes of a large one."""
+"""What costs are measured on: a small real model, and random weights in the shapes of Llamas of any size."""
 
-import sys
+import importlib.util
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, set_seed
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from data.demo_model import demo_model_path
-from data.gsm_symbolic import gsm_symbolic
-from metamath import to_prompt_completion
-
 Batches = list[dict[str, Tensor]]
 
 # All linear layers but the head, by name: PEFT's pre-pass of LoRA-GA finds no layer for "all-linear".
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 SMOLLM2 = {
     "hidden_size": 576,
@@ -45,7 +37,7 @@ SHAPES = {
 
 
 def add_model_arguments(parser: ArgumentParser, layers: int, dtype: str = "float32") -> None:
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--model", choices=["smollm2", *SHAPES], default="smollm2")
     parser.add_argument("--layers", type=int, default=layers, help="of llama2-7b-shapes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype)
     parser.add_argument("--batch_size", type=int, default=4)
@@ -55,47 +47,74 @@ def add_model_arguments(parser: ArgumentParser, layers: int, dtype: str = "float
 
 def make_model(args: Namespace, samples: int) -> tuple[PreTrainedModel, Batches]:
     """The model that the arguments name, in `args.dtype`, and `samples` examples in batches; both on the device."""
-    model, batches = MODELS[args.model](args, samples, getattr(torch, args.dtype))
-    return model, [{name: value.to(args.device) for name, value in batch.items()} for batch in batches]
+    dtype = getattr(torch, args.dtype)
+    if args.model == "smollm2":
+        return smollm2(args, samples, dtype)
+    shape = {"num_hidden_layers": args.layers} | SHAPES[args.model]
+    return random_llama(shape, samples, args.max_length, args.batch_size, dtype, args.device)
+
+
+def missing_weights() -> str | None:
+    """What keeps SmolLM2's weights from being used, or None."""
+    from data.demo_model import demo_model_path
+
+    try:
+        demo_model_path()
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def missing_for_smollm2() -> str | None:
+    """What keeps the real SmolLM2 and its word problems from being used, or None."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        return "reasoning-gym is not installed"
+    return missing_weights()
 
 
 def smollm2(args: Namespace, samples: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Batches]:
     """The real model and real problems, prompts masked out."""
+    # here, since they import TRL, which random weights do not need
+    from data.demo_model import demo_model_path
+    from data.gsm_symbolic import gsm_symbolic
+    from metamath import to_prompt_completion
+
     path = demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": args.max_length}
     rows = gsm_symbolic(samples, seed=5).map(to_prompt_completion).to_list()
     batches = []
     for start in range(0, samples, args.batch_size):
         chunk = rows[start : start + args.batch_size]
-        texts = [row["prompt"] + row["completion"] for row in chunk]
-        batch = dict(
-            tokenizer(
-                texts,
-                return_tensors="pt",
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=args.max_length,
-            )
-        )
+        batch = tokenizer([row["prompt"] + row["completion"] for row in chunk], return_tensors="pt", **options)
         batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
         for labels, row in zip(batch["labels"], chunk, strict=True):
             labels[: len(tokenizer(row["prompt"])["input_ids"])] = -100
-        batches.append(batch)
+        batches.append(dict(batch.to(args.device)))
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(args.device), batches
 
 
-def random_llama(args: Namespace, samples: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Batches]:
-    """Random weights in the shapes of a known model, random tokens of `max_length` each."""
+def llama_shape(width: int, layers: int) -> dict[str, int]:
+    """Llama-2-7B's proportions at another size; few words, so that the head, which is no target, does not decide the memory."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": round(11 / 4 * width / 64) * 64,
+        "num_attention_heads": width // 64,
+        "num_hidden_layers": layers,
+        "vocab_size": 1000,
+    }
+
+
+def random_llama(
+    shape: dict[str, int], samples: int, length: int, batch_size: int, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PreTrainedModel, Batches]:
+    """Random weights in the shape, fields of a `LlamaConfig`, and random tokens, `length` a sample, in batches."""
     set_seed(0)
-    config = LlamaConfig(**{"num_hidden_layers": args.layers} | SHAPES[args.model])
-    with torch.device(args.device):
+    config = LlamaConfig(**shape)
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tokens = torch.randint(0, config.vocab_size, (samples, args.max_length))
-    return model, [{"input_ids": ids, "labels": ids} for ids in tokens.split(args.batch_size)]
-
-
-MODELS = {"smollm2": smollm2} | dict.fromkeys(SHAPES, random_llama)
+    tokens = torch.randint(0, config.vocab_size, (samples, length)).to(device)
+    return model, [{"input_ids": ids, "labels": ids} for ids in tokens.split(batch_size)]
 
 
 def lora_config(rank: int, **options) -> LoraConfig:

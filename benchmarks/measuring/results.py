@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hardware import hardware_line
-
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
+PLOTS = Path(__file__).parents[1] / "plots"
 
 
 class Results:
@@ -34,6 +33,9 @@ class Results:
 
     def measure(self, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The finished run with `settings`, or what `run` finds now, appended."""
+        # here, so that a program that only makes tables starts without torch
+        from measuring.hardware import hardware_line
+
         found = self.find(settings)
         if found is None:
             found = {"settings": settings, **run(), "on": hardware_line()}

@@ -1,22 +1,15 @@
 """PEFT's own LoRA-GA as one more `--method` of the recipes, `peft_lora_ga`: what ours is compared with."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from costs.models import TARGETS
+from methods.table import METHODS, STOCK, Method
 from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from methods.table import METHODS, STOCK, Method
-
-# All linear layers but the head, by name: PEFT's pre-pass finds no layer for "all-linear".
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class PEFTLoRAGASFTTrainer(SFTTrainer):

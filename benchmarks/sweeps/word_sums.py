@@ -1,4 +1,4 @@
-"""Word problems made on the spot, and a model that has learned some of them: what `gpu.py` trains on.
+"""Word problems made on the spot, and a model that has learned some of them: what the sweep of `gpu.py` trains on.
 
     add        "Anna has 12 apples and gets 30 more. How many apples does Anna have?"    the model has learned these
     subtract   "Anna has 42 apples and gives away 12. How many are left?"                and is fine-tuned on these
@@ -10,12 +10,11 @@ some hundred steps, and then stands for one that was trained on something near t
 import json
 import random
 import string
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from models import SHAPES
+from costs.models import SHAPES
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
@@ -62,13 +61,13 @@ class Learning:
     """How the base model learns to add."""
 
     shapes: str
-    """A key of `models.SHAPES`; the vocabulary is that of the characters."""
+    """A key of `costs.models.SHAPES`; the vocabulary is that of the characters."""
     steps: int
     batch_size: int
     learning_rate: float = 1e-3
 
 
-def save_model_that_adds(folder: Path, learning: Learning, args: Namespace) -> float:
+def save_model_that_adds(folder: Path, learning: Learning, device: str) -> float:
     """Train a model from random weights on additions and save it with its tokenizer; its last loss per character.
 
     All weights, AdamW, autocast to bfloat16, the learning rate linear up over a tenth of the steps and down again.
@@ -79,7 +78,7 @@ def save_model_that_adds(folder: Path, learning: Learning, args: Namespace) -> f
         **SHAPES[learning.shapes] | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
     )
     config.pad_token_id = tokenizer.pad_token_id
-    with torch.device(args.device):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning.learning_rate, weight_decay=0.01)
     warmup = max(1, learning.steps // 10)
@@ -90,9 +89,9 @@ def save_model_that_adds(folder: Path, learning: Learning, args: Namespace) -> f
     for _ in range(learning.steps):
         rows = [addition(rng) for _ in range(learning.batch_size)]
         texts = [f"Q: {row['query']}\nA: {row['response']}</s>" for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(args.device)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
         labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""What a learning-rate sweep says about a method, in numbers: pure functions of finished runs (`convergence.py` makes them)."""
+"""What a learning-rate sweep says about a method, in numbers: pure functions of finished runs (`training.py` makes them)."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The line that stands under every figure: what it was measured on."""
+"""The hardware: what it is, for the line under every figure, and when it is done."""
 
 import datetime
 import os
@@ -16,6 +16,12 @@ def device_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given: a GPU works on while Python reads the clock."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def hardware_line() -> str:

@@ -1,19 +1,15 @@
 """The picture of `scaling.py`: one column per axis, seconds above memory, both axes logarithmic."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from measuring.results import PLOTS
 
-if TYPE_CHECKING:  # `scaling` runs as a script, and would be loaded a second time
-    from matplotlib.axes import Axes
-    from scaling import Curve
+from costs.growth import Curve
 
-PLOTS = Path(__file__).parent / "plots"
 X_LABELS = {
     "samples": "samples",
     "width": "width (hidden size)",

@@ -1,0 +1,1 @@
+"""How a benchmark measures: in processes of its own, on which hardware, and where the results go."""
