@@ -47,6 +47,12 @@ class LoRAGAArguments:
             The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ, `"unit"` 1, `"gd"` 1/s,
             `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
             and √(O/I) for B0 (the paper's ablation).
+        ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):
+            η_f of the `matched` scale: the learning rate at which one would fine-tune all weights. Larger values start from
+            larger factors, which move the weights further with each of the first steps.
+        ga_learning_rate (`float`, *optional*):
+            η of the `matched` scale: the peak learning rate of the adapter. A trainer reads it from its optimizer; a training
+            loop without one has to give it.
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the `stable` scale. Larger values start from smaller factors.
         ga_offset (`bool`, *optional*, defaults to `True`):
@@ -93,6 +99,14 @@ class LoRAGAArguments:
         metadata={
             "help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
         },
+    )
+    ga_full_learning_rate: float = field(
+        default=5e-5,
+        metadata={"help": "Of the `matched` scale: the learning rate at which one would fine-tune all weights."},
+    )
+    ga_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of the `matched` scale: the adapter's peak learning rate. Default: the trainer's."},
     )
     ga_gamma: float = field(
         default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
@@ -150,12 +164,29 @@ class LoRAGAArguments:
                 f"`ga_restart_steps` is {self.ga_restart_steps}, but `ga_offset` is False: a restart keeps what was trained "
                 "beside a pair A0, B0 with its offset. Leave out one of the two."
             )
-        if not is_number_above_zero(self.ga_gamma):
-            raise ValueError(
-                f"`ga_gamma` is {self.ga_gamma!r}, but must be a finite number above 0. 16.0 is the default."
-            )
+        self._check_number("ga_full_learning_rate", remedy="5e-5 is the default")
+        if self.ga_learning_rate is not None:
+            self._check_number("ga_learning_rate", remedy="leave it out to use that of the trainer")
+        self._check_number("ga_gamma", remedy="16.0 is the default")
         if isinstance(self, TrainingArguments):
             super().__post_init__()  # type: ignore[misc]  # that of the configuration beside it in the bases
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`ga_learning_rate`, or the `learning_rate` of the trainer's configuration.
+
+        Raises:
+            ValueError: there is neither, or it is not above 0.
+        """
+        rate = self.ga_learning_rate
+        if rate is None and isinstance(self, TrainingArguments):
+            rate = self.learning_rate
+        if rate is None:
+            raise ValueError(
+                "`ga_learning_rate` is None, but `ga_scale='matched'` sizes the factors by the learning rate. "
+                "Pass the peak learning rate that your optimizer gives the adapter, or another `ga_scale`."
+            )
+        return rate
 
     def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -163,6 +194,11 @@ class LoRAGAArguments:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least {minimum}; {remedy}.")
+
+    def _check_number(self, name: str, *, remedy: str) -> None:
+        value = getattr(self, name)
+        if not is_number_above_zero(value):
+            raise ValueError(f"`{name}` is {value!r}, but must be a finite number above 0; {remedy}.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

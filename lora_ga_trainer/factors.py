@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random", "gaussian"]
-Scale = Literal["stable", "unit", "gd", "weight_svd", "gaussian"]
+Scale = Literal["matched", "stable", "unit", "gd", "weight_svd", "gaussian"]
 
 
 class SingularTriplets(NamedTuple):
@@ -32,6 +32,8 @@ class Factors(NamedTuple):
     alignment: float
     singular_values_K: Tensor
     gradient_norm: float
+    scale: float
+    """c_A."""
 
 
 class Scales(NamedTuple):
@@ -39,6 +41,13 @@ class Scales(NamedTuple):
 
     c_A: float
     c_B: float
+
+
+class LearningRates(NamedTuple):
+    """The peak rates of the two factors. They differ in LoRA+ (arXiv 2402.12354)."""
+
+    A: float
+    B: float
 
 
 class UnitVectors(NamedTuple):
@@ -102,11 +111,16 @@ def scale_factors(
     in_features: int,
     rank: int,
     scaling: float,
+    offset: bool,
     gamma: float,
+    full_learning_rate: float,
+    learning_rates: LearningRates | None,
     weight_singular_values: Callable[[], Tensor],
 ) -> Scales:
-    """The numbers that multiply the directions: A0 = c_A·V[:, a]ᵀ and B0 = c_B·U[:, b].
+    """The numbers that multiply the directions: A0 = c_A·V[:, a]ᵀ and B0 = c_B·U[:, b], c_B = 0 without the offset.
 
+    - `matched`: c such that the first step of Adam moves W as far as full fine-tuning at the rate η_f would; see
+      `matched_scale`.
     - `stable`: c = O^¼ / √γ, which keeps the adapter's output on one scale as O and r grow (paper section 3.3,
       theorem 3.2; γ of its section 4.1).
     - `unit`: c = 1 (the paper's "+GA" ablation).
@@ -117,19 +131,66 @@ def scale_factors(
 
     Args:
         scaling: PEFT's `scaling` of the layer; with rsLoRA s = α/√r (the paper's η).
+        offset: whether B starts at B0, and s·B0 A0 is subtracted; else B starts at zero.
         gamma: γ, used by `stable` only.
+        full_learning_rate: η_f, used by `matched` only.
+        learning_rates: the peak rates at which A and B train, used by `matched` only.
         weight_singular_values: called by `weight_svd` only; returns the leading singular values of W, descending.
     """
     if scale == "gaussian":
-        return Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
+        c_B = math.sqrt(out_features / in_features) if offset else 0.0
+        return Scales(math.sqrt(in_features / out_features), c_B)
     formulas: dict[str, Callable[[], float]] = {
+        "matched": lambda: matched_scale(
+            out_features,
+            in_features,
+            rank,
+            scaling,
+            offset,
+            full_learning_rate,
+            learning_rates,  # type: ignore[arg-type]  # not None there
+        ),
         "stable": lambda: out_features**0.25 / math.sqrt(gamma),
         "unit": lambda: 1.0,
         "gd": lambda: 1.0 / scaling,
         "weight_svd": lambda: (weight_singular_values()[:rank] / scaling).sqrt().mean().item(),
     }
     c = formulas[scale]()
-    return Scales(c, c)
+    return Scales(c, c if offset else 0.0)
+
+
+def matched_scale(
+    out_features: int,
+    in_features: int,
+    rank: int,
+    scaling: float,
+    offset: bool,
+    full_learning_rate: float,
+    learning_rates: LearningRates,
+) -> float:
+    """The c at which the first step of Adam moves W as far as it would in full fine-tuning at the rate η_f.
+
+    Adam's first step moves every entry by its rate. In full fine-tuning that is ‖ΔW‖ = η_f·√(O·I). In the adapter, whose A0
+    has orthonormal rows and B0 orthonormal columns, both times c, dA and dB move W by s·(B0 dA + dB A0), of which the first
+    part has the norm s·c·η_A·√(r·I) and the second s·c·η_B·√(r·O). They are nearly orthogonal, so
+
+        c = η_f·√(O·I) / (s·√(r·(η_A²·I + η_B²·O)))
+
+    and without the offset, where B0 = 0, the second part is all there is. With one rate for both η_f/η is all that counts, and
+    it stays the same under a schedule that both would follow. At high rates, where dA and dB soon outgrow any small A0 and B0, c
+    is `SMALLEST_MATCHED` instead.
+    """
+    squared_rates = learning_rates.B**2 * out_features
+    if offset:
+        squared_rates += learning_rates.A**2 * in_features
+    c = full_learning_rate * math.sqrt(out_features * in_features) / (scaling * math.sqrt(rank * squared_rates))
+    return max(c, SMALLEST_MATCHED)
+
+
+SMALLEST_MATCHED = 0.1 / math.sqrt(3)
+"""A tenth of the length of a row of A as LoRA starts it, with entries uniform in ±1/√I. From a shorter A0 the gradient's
+directions are lost within the first steps: on SmolLM2-135M at the rate 2e-3, η_f = 5e-5 alone gives c = 0.02 and 0.252 on word
+problems, 0.06 gives 0.230, and on chat 0.12 is too much (benchmarks/README.md)."""
 
 
 KRYLOV_BLOCKS = 9
@@ -190,4 +251,4 @@ def lora_ga_factors(
     """
     rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
     a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
-    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm)
+    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm, scales.c_A)

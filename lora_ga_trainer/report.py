@@ -10,6 +10,7 @@ class LayerReport(NamedTuple):
     alignment: float
     singular_values: list[float]
     gradient_norm: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class InitReport:
         singular_values: for each adapted layer the 2·r leading singular values of G, the gradient of the mean loss per label
             token, descending. Empty if it comes from a file older than this field; `gradient_norm` likewise.
         gradient_norm: for each adapted layer ‖G‖, what lies beyond the 2·r included; with the sketch an estimate.
+        scale: for each adapted layer c, the length of the rows of A0. Empty if it comes from a file older than this field.
     """
 
     alignment: dict[str, float]
@@ -38,6 +40,7 @@ class InitReport:
     all_reduced_bytes: list[int]
     singular_values: dict[str, list[float]] = field(default_factory=dict)
     gradient_norm: dict[str, float] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
 
     @property
     def alignment_mean(self) -> float:
@@ -62,6 +65,7 @@ class InitReport:
             f"LoRA-GA initialized {len(self.alignment)} layers from the gradient over {self.num_items:,} items",
             f"  time       {self.seconds:,.1f} s",
             f"  memory     {memory}",
+            f"  scale      c from {min(self.scale.values()):.3g} to {max(self.scale.values()):.3g}",
             f"  alignment  mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} in {self.alignment_min_layer}",
         ]
         if any(self.all_reduced_bytes):

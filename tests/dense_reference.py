@@ -26,6 +26,15 @@ def scale(name, *, out_features, rank, scaling, gamma, weight_OI):
     raise KeyError(name)
 
 
+def matched_scale(out_features, in_features, rank, scaling, full_rate, rate_A, rate_B, offset=True):
+    """The length c of every row of A0 and column of B0 at which one step of ±rate in every entry is as long as ±full_rate is in
+    W: dB has out_features·rank entries behind A0, dA has rank·in_features behind B0."""
+    wanted = math.sqrt(out_features * in_features * full_rate**2)
+    through_A0 = scaling * math.sqrt(out_features * rank * rate_B**2)
+    through_B0 = scaling * math.sqrt(rank * in_features * rate_A**2) if offset else 0.0
+    return wanted / math.hypot(through_A0, through_B0)
+
+
 def factors(grad_OI, rank, direction, c):
     """(A0, B0) of the paper for the deterministic directions, each singular pair up to its sign."""
     u, _, v = singular_vectors(grad_OI)

@@ -4,9 +4,17 @@ import dense_reference
 import pytest
 import torch
 
-from lora_ga_trainer.factors import Scales, SingularTriplets, leading_singular_values, lora_ga_factors, scale_factors
+from lora_ga_trainer.factors import (
+    LearningRates,
+    Scales,
+    SingularTriplets,
+    leading_singular_values,
+    lora_ga_factors,
+    scale_factors,
+)
 
 RANK, SCALING, GAMMA = 3, 5.5, 16.0
+OPTIONS = {"offset": True, "gamma": GAMMA, "full_learning_rate": 5e-5, "learning_rates": None}
 # float32 singular vectors against float64: the gaps of a 40×28 Gaussian's spectrum amplify 6e-8 by about a hundred.
 VECTOR_TOLERANCE = 2e-5
 
@@ -32,7 +40,7 @@ def same_up_to_signs(rows, reference):
 def test_factors_are_the_papers(direction, scale, shape):
     grad_OI, weight_OI = gradient(*shape), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     scales = scale_factors(
-        scale, out_features=shape[0], in_features=shape[1], rank=RANK, scaling=SCALING, gamma=GAMMA,
+        scale, out_features=shape[0], in_features=shape[1], rank=RANK, scaling=SCALING, **OPTIONS,
         weight_singular_values=lambda: torch.linalg.svdvals(weight_OI),
     )  # fmt: skip
     reference_c = dense_reference.scale(
@@ -47,6 +55,18 @@ def test_factors_are_the_papers(direction, scale, shape):
     assert same_up_to_signs(found.b_OR.T, b_OR.T)
     # float32 against float64 in a cosine of order 1
     assert found.alignment == pytest.approx(dense_reference.alignment(grad_OI, a_RI, b_OR), rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("rates", [(2e-4, 2e-4), (1e-4, 1.6e-3), (0.0, 2e-4)])
+def test_the_matched_scale(rates, offset):
+    """With rates as LoRA+ has them, and with A frozen, too."""
+    scales = scale_factors(
+        "matched", out_features=40, in_features=28, rank=RANK, scaling=SCALING, weight_singular_values=list,
+        **OPTIONS | {"offset": offset, "learning_rates": LearningRates(*rates)},
+    )  # fmt: skip
+    c = dense_reference.matched_scale(40, 28, RANK, SCALING, 5e-5, *rates, offset)
+    assert scales == pytest.approx((c, c if offset else 0.0))
 
 
 @pytest.mark.parametrize("shape", [(600, 640), (640, 300), (40, 700)])
@@ -97,7 +117,7 @@ def test_gaussian_ablation_has_the_papers_variances(scale):
     O, I, R = 400, 300, 50
     grad_OI = gradient(O, I)
     scales = scale_factors(
-        scale, out_features=O, in_features=I, rank=R, scaling=SCALING, gamma=GAMMA, weight_singular_values=list
+        scale, out_features=O, in_features=I, rank=R, scaling=SCALING, weight_singular_values=list, **OPTIONS
     )
     found = lora_ga_factors(triplets(grad_OI, k=I), R, "gaussian", scales, torch.Generator().manual_seed(3))
     c = dense_reference.scale("stable", out_features=O, rank=R, scaling=SCALING, gamma=GAMMA, weight_OI=None)

@@ -84,6 +84,7 @@ def test_the_factors_are_the_papers(direction, scale, layer, seed, scaling, gamm
     exact.add(x, dy)
     scales = scale_factors(
         scale, out_features=O, in_features=I, rank=R, scaling=scaling, gamma=gamma,
+        offset=True, full_learning_rate=1e-5, learning_rates=None,
         weight_singular_values=lambda: torch.linalg.svdvals(weight_OI),
     )  # fmt: skip
     found = lora_ga_factors(exact.triplets(2 * R), R, direction, scales, generator(0))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..distributed.backends import compute_device, full_tensor, write_parameter
 from .delta import DeltaHalf, OffsetHalf
@@ -58,6 +59,11 @@ class AdaptedWeight:
     def device(self) -> torch.device:
         """Where the layer computes. A model may be split over several."""
         return compute_device(self.A.trainable)
+
+    @property
+    def trained(self) -> tuple[Parameter, Parameter]:
+        """(that of A, that of B): what an optimizer holds."""
+        return self.A.trainable, self.B.trainable if isinstance(self.B, DeltaHalf) else self.B.weight
 
     @property
     def offset_halves(self) -> dict[str, OffsetHalf]:

@@ -6,6 +6,7 @@ the trainers' `create_model_card` adds the same section. The section stands betw
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -130,6 +131,12 @@ def how_to_load(peft_model: PeftModel, base: str) -> str:
     return "\n".join(lines).replace("'", '"')
 
 
+def scale_in_words(ga: dict[str, Any]) -> str:
+    if ga["ga_scale"] == "matched":
+        return f"matched to full fine-tuning at the learning rate {ga['ga_full_learning_rate']:g}"
+    return f"stable with γ = {ga['ga_gamma']:g}" if ga["ga_scale"] == "stable" else ga["ga_scale"]
+
+
 def settings(state: LoRAGAState) -> dict[str, str]:
     """What the reader of a card wants to know of a run, by its name."""
     lora, ga, report = state.lora, state.options, state.report
@@ -142,8 +149,7 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
         + (f", {report.num_items:,} label tokens" if report else ""),
         "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']} passes",
-        "direction, scale": f"{ga['ga_direction']}, {ga['ga_scale']}"
-        + (f" with γ = {ga['ga_gamma']:g}" if ga["ga_scale"] == "stable" else ""),
+        "direction, scale": f"{ga['ga_direction']}, {scale_in_words(ga)}",
         "seed": f"`ga_seed` = {ga['ga_seed']}",
     }
     if report:

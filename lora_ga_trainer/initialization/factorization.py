@@ -11,13 +11,16 @@ from ..adapter.quantized import dequantized_weight
 from ..adapter.weight import AdaptedWeight
 from ..arguments import LoRAGAArguments
 from ..distributed.backends import broadcast, failing_together, full_tensor, is_sharded, owners_by_cost, rank
-from ..factors import Factors, leading_singular_values, lora_ga_factors, scale_factors
+from ..factors import Factors, LearningRates, leading_singular_values, lora_ga_factors, scale_factors
 from ..gradient.estimation import Accumulator, derived_seed
 from ..report import LayerReport
 
 
 def write_all_factors(
-    adapter: LoRAGAAdapter, accumulators: dict[str, Accumulator], config: LoRAGAArguments
+    adapter: LoRAGAAdapter,
+    accumulators: dict[str, Accumulator],
+    config: LoRAGAArguments,
+    learning_rates: dict[str, LearningRates],
 ) -> dict[str, LayerReport]:
     """Factor every gradient once, on one process each, and write the factors on all. Empties `accumulators`.
 
@@ -35,7 +38,9 @@ def write_all_factors(
             accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
             if name in mine:
                 try:
-                    found[name] = factor_gradient(weight, accumulator, config, weights_s.pop(name, None))
+                    found[name] = factor_gradient(
+                        weight, accumulator, config, learning_rates.get(name), weights_s.pop(name, None)
+                    )
                 except torch.linalg.LinAlgError as error:
                     raise ValueError(
                         f"The gradient of {name} cannot be factored ({error}). Estimate on other or more samples."
@@ -44,24 +49,23 @@ def write_all_factors(
     numbers = {}
     for name, weight in adapter.weights.items():
         R, O, I, device = weight.rank, weight.out_features, weight.in_features, weight.device
-        flat = torch.empty(R * I + O * R + 2 * R + 2, device=device, dtype=torch.float32)
+        flat = torch.empty(R * I + O * R + 2 * R + 3, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
-            alignment_and_norm = torch.tensor(
-                [factors.alignment, factors.gradient_norm], device=device, dtype=torch.float32
-            )
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, alignment_and_norm]
+            found_numbers = [factors.alignment, factors.gradient_norm, factors.scale]
+            rest_3 = torch.tensor(found_numbers, device=device, dtype=torch.float32)
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, rest_3]
             torch.cat(parts, out=flat)
         broadcast(flat, source=owners[name])
-        a, b, of_report = flat.split([R * I, O * R, 2 * R + 2])
+        a, b, of_report = flat.split([R * I, O * R, 2 * R + 3])
         if adapter.is_initialized:
             weight.freeze_trained()
         weight.write_factors(a.view(R, I), b.view(O, R))
         numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
     for name, of_report in numbers.items():
-        *singular_values, layer_alignment, gradient_norm = of_report.tolist()
-        reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm)
+        *singular_values, layer_alignment, gradient_norm, scale = of_report.tolist()
+        reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm, scale)
     return reports
 
 
@@ -93,11 +97,15 @@ def weight_spectra(adapter: LoRAGAAdapter, mine: set[str], config: LoRAGAArgumen
 
 
 def factor_gradient(
-    weight: AdaptedWeight, accumulator: Accumulator, config: LoRAGAArguments, weight_s: Tensor | None = None
+    weight: AdaptedWeight,
+    accumulator: Accumulator,
+    config: LoRAGAArguments,
+    learning_rates: LearningRates | None,
+    weight_s: Tensor | None = None,
 ) -> Factors:
     """A0 (R×I) and B0 (O×R) of one weight, float32; see `factors` for the formulas.
 
-    `weight_s`, the leading singular values of W, are for `weight_svd` only.
+    `learning_rates`, those of A and B, are for `matched` only; `weight_s`, the leading singular values of W, for `weight_svd`.
     """
     scales = scale_factors(
         config.ga_scale,  # type: ignore[arg-type]  # LoRAGAArguments has checked that it is one of them
@@ -105,11 +113,12 @@ def factor_gradient(
         in_features=weight.in_features,
         rank=weight.rank,
         scaling=weight.scaling,
+        offset=config.ga_offset,
         gamma=config.ga_gamma,
+        full_learning_rate=config.ga_full_learning_rate,
+        learning_rates=learning_rates,
         weight_singular_values=lambda: weight_s,  # type: ignore[arg-type, return-value]  # not None where it is called
     )
-    if not config.ga_offset:
-        scales = scales._replace(c_B=0.0)  # B starts at zero, and the alignment is that of A0 alone
     generator = torch.Generator("cpu").manual_seed(derived_seed(f"{weight.name}/direction", config.ga_seed))
     triplets = accumulator.triplets(2 * weight.rank)
     return lora_ga_factors(triplets, weight.rank, config.ga_direction, scales, generator)  # type: ignore[arg-type]  # as above

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..adapter.adapter import LoRAGAAdapter
 from ..arguments import LoRAGAArguments
 from ..distributed.backends import batch_device, forget_optimizer_state, is_sharded, rank
+from ..factors import LearningRates
 from ..gradient.estimation import estimate_gradients, make_accumulator
 from ..gradient.memory import peak_memory
 from ..gradient.objective import Batch, ComputeLoss, Objective
@@ -150,6 +151,7 @@ def _estimate_and_write(
 ) -> InitReport:
     """Sample -> gradient -> factors -> written. At a restart what was trained goes to the history first."""
     _warn_of_whole_gradients(adapter, config)
+    learning_rates = peak_learning_rates(adapter, config) if config.ga_scale == "matched" else {}
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
     objective = Objective(adapter.model, batches, compute_loss)
@@ -158,7 +160,7 @@ def _estimate_and_write(
     with peak_memory(batch_device(adapter.model)) as peak:
         accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
         all_reduced_bytes = estimate_gradients(adapter, accumulators, objective, disable_tqdm)
-        found = write_all_factors(adapter, accumulators, config)
+        found = write_all_factors(adapter, accumulators, config, learning_rates)
 
     report = InitReport(
         alignment={name: layer.alignment for name, layer in found.items()},
@@ -168,12 +170,31 @@ def _estimate_and_write(
         all_reduced_bytes=all_reduced_bytes,
         singular_values={name: layer.singular_values for name, layer in found.items()},
         gradient_norm={name: layer.gradient_norm for name, layer in found.items()},
+        scale={name: layer.scale for name, layer in found.items()},
     )
     if rank() == 0:
         logger.info(report.summary())
         if not (disable_tqdm or logger.isEnabledFor(logging.INFO)):  # who watches the progress bar wants its end
             tqdm.write(report.summary())
     return report
+
+
+def peak_learning_rates(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> dict[str, LearningRates]:
+    """Those of every weight's A and B, by name: of the optimizer where there is a trainer, else what `config` says.
+
+    Raises:
+        ValueError: nothing says it, or an optimizer does not train A and B of some weight.
+    """
+    if adapter.learning_rates is None or config.ga_learning_rate is not None:
+        rate = config.peak_learning_rate
+        return dict.fromkeys(adapter.weights, LearningRates(rate, rate))
+    for name, rates in adapter.learning_rates.items():
+        if (max(rates) if config.ga_offset else rates.B) <= 0:
+            raise ValueError(
+                f"The optimizer trains the adapter of {name} at the learning rates {rates.A} (A) and {rates.B} (B), to which "
+                "no factor can be matched. Raise `learning_rate`, or choose another `ga_scale`."
+            )
+    return adapter.learning_rates
 
 
 def _warn_of_whole_gradients(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:

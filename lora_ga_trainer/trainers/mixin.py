@@ -28,7 +28,7 @@ from ..checkpoint.adapter_files import adapter_directory, adapter_state_dict
 from ..checkpoint.completeness import check_can_resume, check_writable, last_complete, mark_complete, remove_former
 from ..checkpoint.model_card import TAG, add_lora_ga
 from ..compatibility import check_checkpointing_kwargs, check_resuming
-from ..distributed.backends import rank, world_size
+from ..distributed.backends import optimizer_learning_rates, rank, world_size
 from ..distributed.launches import (
     check_checkpointing,
     check_fsdp2,
@@ -37,6 +37,7 @@ from ..distributed.launches import (
     launch_has_schedule,
     launch_of,
 )
+from ..factors import LearningRates
 from ..gradient.objective import items_in
 from ..initialization import attach_lora_ga
 from ..initialization.initialize import restart_from_gradient, start_from_gradient
@@ -280,6 +281,17 @@ class LoRAGAMixin(Base):
             yield
         finally:
             self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps = averages, steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer = super().create_optimizer(model)
+        weights = self.model.lora_ga.weights
+        rates = optimizer_learning_rates(
+            optimizer, [matrix for weight in weights.values() for matrix in weight.trained]
+        )
+        if rates is not None:
+            pairs = zip(rates[::2], rates[1::2], strict=True)
+            self.model.lora_ga.learning_rates = dict(zip(weights, map(LearningRates._make, pairs), strict=True))
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         is_new = self.lr_scheduler is None
