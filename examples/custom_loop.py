@@ -1,11 +1,11 @@
-"""LoRA-GA without a Trainer: from an untouched base model to an adapter that stock PEFT loads. On a CPU it takes seconds.
+"""LoRA-GA without a Trainer: from an untouched base model to an adapter that stock PEFT loads, in seconds on a CPU.
 
 python examples/custom_loop.py                                                       # a random model, made-up text
-python examples/custom_loop.py --model Qwen/Qwen2.5-0.5B --text mine.txt             # yours: one example a line
+python examples/custom_loop.py --model Qwen/Qwen2.5-0.5B --text mine.txt             # yours: one example per line
 accelerate launch --config_file accelerate_configs/zero3.yaml examples/custom_loop.py --model MODEL --text mine.txt
 
-The four steps of LoRA-GA are marked. `Accelerator` is for the device and for several processes; in plain torch leave out
-`attach_lora_ga` and what has `accelerator` in it, and call `loss.backward()`.
+The four steps of LoRA-GA are marked. `Accelerator` handles the device and several processes; in plain torch, leave out
+`attach_lora_ga` and everything with `accelerator`, and call `loss.backward()`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SENTENCE = "A low-rank adapter that starts from the gradient, example {}."
 
 
 def random_model() -> AutoModelForCausalLM:
-    """A Llama of two layers over the 256 bytes."""
+    """A two-layer Llama with the 256 bytes as its vocabulary."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -34,7 +34,7 @@ def random_model() -> AutoModelForCausalLM:
 
 
 def batch_of(texts: list[str], tokenize: Callable[[str], list[int]]) -> dict[str, Tensor]:
-    """Right-padded inputs with `labels`, −100 where a token must not count: padding here, and the prompt if there is one."""
+    """Right-padded inputs with `labels`, −100 for tokens that must not count: padding here, and the prompt if there is one."""
     rows = [torch.tensor(tokenize(text)) for text in texts]
     length = max(map(len, rows))
     batch = {"input_ids": torch.zeros(len(rows), length, dtype=torch.long)}
@@ -46,9 +46,9 @@ def batch_of(texts: list[str], tokenize: Callable[[str], list[int]]) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="LoRA-GA in a loop of one's own.")
+    parser = argparse.ArgumentParser(description="LoRA-GA in your own training loop.")
     parser.add_argument("--model", help="Folder or hub name. Default: a small random model.")
-    parser.add_argument("--text", type=Path, help="A file with one example a line. Default: made up.")
+    parser.add_argument("--text", type=Path, help="A file with one example per line. Default: made up.")
     parser.add_argument("--out", default="outputs/custom_loop", help="Folder for the adapter.")
     parser.add_argument("--r", type=int, default=8, help="The adapter's rank.")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> None:
         base, tokenize = random_model(), lambda text: list(text.encode())
 
     loader = DataLoader(texts, args.batch_size, shuffle=True, collate_fn=lambda some: batch_of(some, tokenize))
-    # The batches to estimate on are ordinary training batches, a few dozen examples, and need not be of the training's size.
-    # Each process passes its own share of them.
+    # The batches to estimate on are ordinary training batches, a few dozen examples in all; their size need not match training.
+    # Each process passes its own share.
     mine = texts[:64][accelerator.process_index :: accelerator.num_processes]
     sample = [batch_of(mine[start : start + 2], tokenize) for start in range(0, len(mine), 2)]
 
-    # Step 1. An ordinary PEFT model. Its adapter becomes A0 + dA and B0 + dB, where only the differences train; everything is
-    # zero so far, so it computes what the base model does. Before `prepare`, so that the new parameters are sharded too.
+    # Step 1. An ordinary PEFT model. Its adapter becomes A0 + dA and B0 + dB, where only the differences train. Everything is
+    # still zero, so it computes the base model's function. It comes before `prepare`, which then shards these parameters too.
     ga = LoRAGAArguments()
     config = LoraConfig(r=args.r, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
@@ -81,18 +81,18 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0
     )
-    steps = args.epochs * len(loader)  # of one process: a prepared scheduler takes one step for each process
+    steps = args.epochs * len(loader)  # for one process: a prepared scheduler steps once per process
     scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 30, num_training_steps=steps)
     wrapped, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     # Steps 2 and 3. Estimate the gradient of the loss with respect to every target weight, and take A0 and B0 from its singular
-    # vectors. After `prepare`, on the model itself and not on its DDP or DeepSpeed wrapper. The base weights, the optimizer and
-    # the random state stay as they are.
+    # vectors. This comes after `prepare`, on the model itself, not on its DDP or DeepSpeed wrapper. The base weights, the
+    # optimizer and the random state stay unchanged.
     model = accelerator.unwrap_model(wrapped)
     report = initialize_lora_ga(model, sample, ga)
     accelerator.print(report.summary())
 
-    # Step 4. Train as always.
+    # Step 4. Train as usual.
     wrapped.train()
     for epoch in range(args.epochs):
         for batch in loader:
@@ -103,20 +103,20 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
 
-    # An ordinary LoRA adapter of rank 2r for the untouched base. Every process calls it, since the parts may be on all.
+    # An ordinary LoRA adapter of rank 2r for the untouched base. Every process calls it, since each may hold a part.
     model.save_pretrained(args.out, is_main_process=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     accelerator.print(f"The adapter is in {args.out}.")
 
     if accelerator.num_processes == 1:
-        # Anyone can load it, with PEFT alone, and gets what was trained.
+        # Anyone can load the trained adapter with PEFT alone.
         fresh = AutoModelForCausalLM.from_pretrained(args.model) if args.model else random_model()
         reloaded = PeftModel.from_pretrained(fresh, args.out).to(accelerator.device).eval()
         model.eval()
         ids = sample[0]["input_ids"].to(accelerator.device)
         with torch.no_grad():
             torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
-            with model.disable_adapter():  # and without the adapter it is the base model still
+            with model.disable_adapter():  # without the adapter, it is still the base model
                 untouched = model(ids).logits
             torch.testing.assert_close(untouched, reloaded.unload()(ids).logits, rtol=0, atol=0)
         accelerator.print("Reloaded with stock PEFT: the same logits.")

@@ -14,7 +14,7 @@ from data.selection import DataArguments, DataDefinition, Row
 from finetuning.causal import CausalRecipe
 from finetuning.run import run
 
-# A fence stands on a line of its own, so that backticks inside the code do not end it; the closing one is as long.
+# A fence must be alone on its line, so that backticks inside the code do not end it; the closing one is at least as long.
 CODE_BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n.*?^[ \t]*\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -25,7 +25,7 @@ def has_code_block(row: Row) -> bool:
 def to_prompt_completion(row: Row) -> dict[str, str]:
     """The Alpaca template, and the answer up to and including the end of its first code block.
 
-    Leading line breaks would merge with the prompt's last one.
+    Leading line breaks are stripped: they would merge with the prompt's last one.
     """
     answer = row["answer"][: CODE_BLOCK.search(row["answer"]).end()]
     return {"prompt": alpaca_prompt(row["query"]), "completion": answer.lstrip()}

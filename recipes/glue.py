@@ -1,6 +1,6 @@
 """Fine-tune an encoder-decoder on one of GLUE's tasks and predict its dev set by label words (paper section 4.1).
 
-    accelerate launch recipes/glue.py                                                          # small, offline, a CPU will do
+    accelerate launch recipes/glue.py                                                          # small, offline, on a CPU
     accelerate launch recipes/glue.py --config recipes/configs/glue_t5_base.yaml --task cola   # the paper's run
     accelerate launch recipes/glue.py --model_name_or_path MODEL --task mrpc --dataset_path train.csv --evaluation_file dev.csv
 

@@ -1,6 +1,6 @@
 """Fine-tune on grade-school mathematics and answer GSM8K (paper section 4.2).
 
-    accelerate launch recipes/metamath.py                                                  # small, offline, a CPU will do
+    accelerate launch recipes/metamath.py                                                  # small, offline, on a CPU
     accelerate launch recipes/metamath.py --method dora --r 32                             # another method, another rank
     accelerate launch recipes/metamath.py --config recipes/configs/metamath_llama2_7b.yaml   # the paper's run
     accelerate launch recipes/metamath.py --model_name_or_path MODEL --dataset_path mine.jsonl
@@ -19,7 +19,7 @@ from finetuning.run import run
 
 @dataclass
 class MathDataArguments(DataArguments):
-    """`DataArguments`, and which of MetaMathQA's types of problems to keep."""
+    """`DataArguments`, plus which of MetaMathQA's problem types to keep."""
 
     type_contains: str | None = field(
         default=None, metadata={"help": "Keep only rows whose column `type` contains this; the paper's is GSM."}
@@ -45,7 +45,7 @@ def definition(args: MathDataArguments) -> DataDefinition:
         columns=columns,
         keep=keep,
         to_prompt_completion=to_prompt_completion,
-        # its templates repeat and many of its problems are long: enough is left of ten times as many
+        # its templates repeat and many problems are long: ten times as many leave enough
         stand_in=lambda size, seed: gsm_symbolic(10 * size, seed),
     )
 

@@ -1,6 +1,6 @@
-"""Fine-tune on instructions of many kinds and answer MT-Bench (paper section 4.2).
+"""Fine-tune on varied instructions and answer MT-Bench (paper section 4.2).
 
-    accelerate launch recipes/wizardlm.py                                                  # small, offline, a CPU will do
+    accelerate launch recipes/wizardlm.py                                                  # small, offline, on a CPU
     accelerate launch recipes/wizardlm.py --config recipes/configs/wizardlm_llama2_7b.yaml   # the paper's run
 
 Every field of the dataclasses in `finetuning.run.parse` is an option, in the YAML or on the command line.
@@ -14,7 +14,7 @@ from finetuning.run import run
 
 
 def to_prompt_completion(row: Row) -> dict[str, str]:
-    """The Alpaca template and the answer, whose leading line breaks would merge with the prompt's last one."""
+    """The Alpaca template and the answer. Leading line breaks are stripped: they would merge with the prompt's last one."""
     return {"prompt": alpaca_prompt(row["instruction"]), "completion": row["output"].lstrip()}
 
 

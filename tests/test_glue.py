@@ -87,7 +87,7 @@ def test_what_is_refused(t5, tmp_path):
     with pytest.raises(ValueError, match="no column 'sentence', only text, label"):
         load_split("sst2", "validation", str(tmp_path / "dev.jsonl"))
     tiny_model().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="asks encoder-decoder models such as T5, but this is a llama"):
+    with pytest.raises(ValueError, match="need an encoder-decoder model such as T5, but this is a llama"):
         dev_set("sst2", str(tmp_path / "llama"))
     with pytest.raises(ValueError, match="nyu-mll/glue cannot be loaded from the hub"):
         dev_set("mnli", t5)

@@ -114,7 +114,7 @@ def test_an_answer_ends_with_the_token_of_the_training_or_of_the_model(tokenizer
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"offline": True, "evaluation_file": "x.jsonl"}, "problems of its own, but `evaluation_file` is x.jsonl"),
+        ({"offline": True, "evaluation_file": "x.jsonl"}, "its own problems, but `evaluation_file` is x.jsonl"),
         ({"evaluation_file": "x.jsonl"}, "There is no file x.jsonl"),
         ({"evaluation_file": "x.txt"}, "x.txt must end in one of .jsonl"),
         ({"evaluation_file": "no_question.jsonl"}, "no column 'question', only q, answer"),

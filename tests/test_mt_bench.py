@@ -348,7 +348,7 @@ def test_gives_up_after_the_last_retry(server, tmp_path):
 )
 def test_refusals_are_told_at_once(server, tmp_path, reply, message):
     server.otherwise = reply
-    with pytest.raises(ValueError, match=f"(?s)gpt-4 at {server.url}.*{message}.*the same command goes on from there"):
+    with pytest.raises(ValueError, match=f"(?s)gpt-4 at {server.url}.*{message}.*the same command resumes from there"):
         judge(some_requests(1), "lora-ga", tmp_path / "judgments.jsonl", judge_arguments(server))
     assert len(server.asked) == 1, "asking again would change nothing"
 
@@ -476,7 +476,7 @@ def test_answers_then_judgments(server, tmp_path):
     """Without a judge there are answers and no score; naming one in the same folder rates them, and generates nothing."""
     folder = tmp_path / "run"
     with pytest.raises(
-        ValueError, match="no answer to question 90. Name the model that is to answer with `pretrained`"
+        ValueError, match="no answer to question 90. Name the model that should answer with `pretrained`"
     ):
         evaluate(None, folder, evaluation_arguments(tmp_path, None))
     unrated = evaluate(asked_model(), folder, evaluation_arguments(tmp_path, None))

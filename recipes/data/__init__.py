@@ -1,1 +1,1 @@
-"""What is trained on: prompts, the selection of rows, and what stands in without a hub."""
+"""Training data: prompts, row selection, and stand-ins for use without a hub."""

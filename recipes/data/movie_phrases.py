@@ -1,4 +1,4 @@
-"""Short judgements on films, made on the spot: the offline stand-in for GLUE's sst2."""
+"""Short film reviews, generated on the spot: the offline stand-in for GLUE's sst2."""
 
 import random
 from itertools import product
@@ -28,10 +28,10 @@ def movie_phrases(size: int, seed: int) -> Dataset:
         sentence: "the plot seems rather clumsy and the cast is dull"
         label: 0
 
-    Both halves of a sentence agree. Sentences are new in every draw, their words are not.
+    Both halves of a sentence agree. Every draw gives new sentences from the same words.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: `size` exceeds the number of sentences.
     """
     clauses = {
         label: [" ".join(part for part in parts if part) for parts in product(SUBJECTS, VERBS, DEGREES, words)]

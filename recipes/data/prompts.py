@@ -1,4 +1,4 @@
-"""The prompts that the recipes train on and the benchmarks ask with: one home, so that they cannot differ."""
+"""The prompts of training and of the benchmarks, defined once so that they cannot differ."""
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -1,7 +1,7 @@
-"""From rows to prompts and completions: where they come from, which are kept, and how many are lost where.
+"""From rows to prompts and completions: where rows come from, which are kept, and how many each step drops.
 
 rows                    the hub's, a local file's, or the recipe's stand-in     load_rows
-prompts, completions    select, shuffle, split; every step is told and cached   prepare
+prompts, completions    select, shuffle, split; every step is counted and cached   prepare
 """
 
 from collections.abc import Callable
@@ -51,18 +51,18 @@ class DataDefinition:
     columns: tuple[str, ...]
     """Columns of text; a row without a value in one of them is dropped."""
     keep: dict[str, Callable[[Row], bool]]
-    """What is kept, by the name under which the count is told."""
+    """Filters, by the name under which their counts are printed."""
     to_prompt_completion: Callable[[Row], dict[str, str]]
-    """A row as `prompt` and `completion`. TRL masks the prompt and ends the completion with the EOS token."""
+    """Turns a row into `prompt` and `completion`. TRL masks the prompt and ends the completion with the EOS token."""
     stand_in: Callable[[int, int], Dataset]
-    """(size, seed) -> rows with the same columns, without a network: as many as `size` asks for, or all there are."""
+    """(size, seed) -> rows with the same columns, without a network: `size` of them, or all there are."""
 
 
 def load_rows(definition: DataDefinition, args: DataArguments, seed: int) -> Dataset:
     """The rows before any selection.
 
     Raises:
-        ValueError: no such file, a damaged one, another kind of file, a hub that cannot be reached, or a column that is missing
+        ValueError: the file is missing, damaged or of an unknown kind, the hub cannot be reached, or a column is missing
             or holds no text.
     """
     if args.dataset_path:
@@ -71,7 +71,7 @@ def load_rows(definition: DataDefinition, args: DataArguments, seed: int) -> Dat
         source, rows = args.dataset_name, hub_items(args.dataset_name, None, "train", definition.columns, HUB_REMEDY)
     else:
         source, rows = "The stand-in", definition.stand_in(args.train_size + args.eval_size, seed)
-        rows = rows.select(first_of_each(rows[definition.columns[0]]))  # their templates repeat
+        rows = rows.select(first_of_each(rows[definition.columns[0]]))  # the templates repeat
     check_columns(rows, definition.columns, source)
     for column in definition.columns:
         feature = rows.features[column]
@@ -91,9 +91,9 @@ def prepare(
     max_length: int | None,
     seed: int,
 ) -> tuple[Dataset, Dataset]:
-    """Select, shuffle and split: (train, held-out), disjoint; the main process tells how many rows each step kept.
+    """Select, shuffle and split: (train, held-out), disjoint; the main process prints how many rows each step kept.
 
-    Every step is a `datasets` transform whose fingerprint is the same in every run, so that a second run on rows from a
+    Every step is a `datasets` transform with the same fingerprint in every run, so a second run on rows from a
     file or the hub reads the cache. `max_length` None keeps rows of every length.
 
     Raises:
@@ -106,7 +106,7 @@ def prepare(
         if not left:
             raise ValueError(
                 f"No row is left to train on. {'; '.join(counts)}. Undo the selection that drops most: raise `max_length`, "
-                "lower `eval_size`, or bring other data."
+                "lower `eval_size`, or use other data."
             )
 
     def keep(rows: Dataset, what: str, predicate: Callable[..., Any], **options: Any) -> Dataset:
@@ -126,7 +126,7 @@ def prepare(
         rows = keep(rows, f"of at most {max_length} tokens", fit, batched=True, fn_kwargs=limits)
 
     held_out = rows.select(range(min(args.eval_size, len(rows))))
-    asked = set(held_out["prompt"])  # a question may come several times, with other answers
+    asked = set(held_out["prompt"])  # a question may occur several times, with different answers
     others = [index for index, prompt in enumerate(rows["prompt"]) if prompt not in asked]
     tell(
         f"{len(others):,} with other prompts than the {len(held_out):,} held out "
@@ -145,7 +145,7 @@ def has_values(row: Row, columns: tuple[str, ...]) -> bool:
 
 
 def first_of_each(values: list[str]) -> list[int]:
-    """The index at which each value comes for the first time.
+    """The index of each value's first occurrence.
 
     >>> first_of_each(["a", "b", "a", "c"])
     [0, 1, 3]

@@ -1,1 +1,1 @@
-"""The paper's benchmarks: task files for lm-evaluation-harness, their functions, MT-Bench, and `--evaluate` (harness.py)."""
+"""The paper's benchmarks: task files for lm-evaluation-harness and their functions, MT-Bench, and `--evaluate` (harness.py)."""

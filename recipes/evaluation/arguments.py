@@ -1,4 +1,4 @@
-"""The options of `--evaluate`. Importing them takes no lm-evaluation-harness."""
+"""The options of `--evaluate`. Importing them does not need lm-evaluation-harness."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 
 @dataclass
 class JudgeArguments:
-    """The judge and its endpoint. The key comes from the environment variable OPENAI_API_KEY and is written nowhere.
+    """The judge and its endpoint. The key comes from the environment variable OPENAI_API_KEY and is never written.
 
     Raises:
         ValueError: a number is out of its range, or there is a `judge_url` but no `judge_model`.
     """
 
     judge_model: str | None = field(
-        default=None, metadata={"help": "Model that rates the answers, such as gpt-4. Default: they are not rated."}
+        default=None, metadata={"help": "Model that rates the answers, such as gpt-4. Default: no rating."}
     )
     judge_url: str | None = field(
         default=None,
@@ -21,7 +21,7 @@ class JudgeArguments:
             "help": "Any endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1. Default: OpenAI's."
         },
     )
-    judge_parallel: int = field(default=4, metadata={"help": "Requests to the judge at a time."})
+    judge_parallel: int = field(default=4, metadata={"help": "Parallel requests to the judge."})
     judge_retries: int = field(
         default=10, metadata={"help": "How often a request is repeated after status 429 or 5xx, or without a reply."}
     )
@@ -41,7 +41,7 @@ class JudgeArguments:
 class MTBenchArguments(JudgeArguments):
     """A file needs the columns `question_id`, `category` and `turns`, as FastChat's question.jsonl.
 
-    Without `judge_model` the answers are written and not rated; naming one later rates those that are there.
+    Without `judge_model`, the answers are written but not rated; naming one later rates the existing answers.
 
     Raises:
         ValueError: an option is out of its range.
@@ -51,11 +51,11 @@ class MTBenchArguments(JudgeArguments):
         default=None, metadata={"help": "Local file with the benchmark's items, instead of its own source."}
     )
     evaluation_limit: int | None = field(
-        default=None, metadata={"help": "Only the first so many items, for a quick look. Default: all."}
+        default=None, metadata={"help": "Only this many items, the first ones, for a quick look. Default: all."}
     )
-    evaluation_batch_size: int = field(default=8, metadata={"help": "Items at a time on each process."})
+    evaluation_batch_size: int = field(default=8, metadata={"help": "Items per batch on each process."})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens that an answer may take. Default: the task's; MT-Bench's is 1024."}
+        default=None, metadata={"help": "Maximum tokens per answer. Default: the task's; MT-Bench's is 1024."}
     )
     model_id: str = field(default="model", metadata={"help": "The model's name in MT-Bench's files."})
     reference_file: str | None = field(
@@ -78,13 +78,13 @@ class MTBenchArguments(JudgeArguments):
 
 @dataclass
 class EvaluationArguments(MTBenchArguments):
-    """What a recipe evaluates once it has trained."""
+    """What a recipe evaluates after training."""
 
     evaluate: str | None = field(
         default=None,
         metadata={
-            "help": "Evaluate what was saved: on the recipe's benchmark, or on the tasks of lm-evaluation-harness that are "
-            "named, with commas between them.",
+            "help": "Evaluate the saved adapter or model: on the recipe's benchmark, or on the named tasks of "
+            "lm-evaluation-harness, separated by commas.",
             "nargs": "?",
             "const": "true",
         },
@@ -94,11 +94,11 @@ class EvaluationArguments(MTBenchArguments):
     )
     confirm_run_unsafe_code: bool = field(
         default=False,
-        metadata={"help": "Allow to run the programs that the model writes, each in a sandboxed process of its own."},
+        metadata={"help": "Allow running the programs that the model writes, each in its own sandboxed process."},
     )
 
     def tasks(self, benchmark: str) -> list[str]:
-        """The names of what is evaluated, if the recipe's own is `benchmark`; [] for nothing."""
+        """The tasks to evaluate, where `benchmark` is the recipe's own; [] for none."""
         chosen = str(self.evaluate).lower()  # a YAML file may have a boolean
         if chosen in ("true", "false", "none"):
             return [benchmark] if chosen == "true" else []

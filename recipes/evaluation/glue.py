@@ -23,19 +23,19 @@ def dev_set(
 ) -> dict[str, Dataset]:
     """Rows of `prompt`, `label_words`, their numbers of `tokens`, and `label`: the index of the right one.
 
-    The harness divides by characters or bytes, not by tokens (0.4.13), and cuts prompts on the left, so both are done with
-    the tokenizer here.
+    The harness (0.4.13) divides by characters or bytes, not by tokens, and cuts prompts on the left; so the tokenizer does
+    both here.
 
     Args:
         task: one of `TASKS`.
         pretrained, revision: the base model that is evaluated, as in the harness's `--model_args`.
 
     Raises:
-        ValueError: another kind of model, a file that `load_split` refuses, or a label that the task does not have.
+        ValueError: the model is not an encoder-decoder, `load_split` refuses the file, or the task has no such label.
     """
     config = AutoConfig.from_pretrained(pretrained, revision=revision)
     if not config.is_encoder_decoder:
-        raise ValueError(f"GLUE asks encoder-decoder models such as T5, but this is a {config.model_type}.")
+        raise ValueError(f"The GLUE tasks need an encoder-decoder model such as T5, but this is a {config.model_type}.")
     tokenizer = AutoTokenizer.from_pretrained(pretrained, revision=revision)
     definition, items = TASKS[task], load_split(task, TASKS[task].dev_split, evaluation_file)
     tokens = [len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in definition.label_words]
@@ -55,7 +55,7 @@ def accuracy(question: dict[str, Any], results: list[tuple[float, bool]]) -> dic
     """Whether the likeliest label word is the right one.
 
     Args:
-        results: for each label word the sum of its tokens' log-probabilities, and whether it is the greedy answer.
+        results: for each label word, the sum of its tokens' log-probabilities, and whether it is the greedy answer.
     """
     means = np.array([log_probability for log_probability, _ in results]) / question["tokens"]
     return {"acc": float(means.argmax() == question["label"])}

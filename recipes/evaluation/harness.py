@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def known_tasks(names: list[str], args: EvaluationArguments, source: dict[str, Any]) -> TaskManager:
-    """The harness's index of tasks. That of its own takes many seconds, and is left out where nothing of it is asked.
+    """The harness's index of tasks. Indexing its own tasks takes many seconds, and is skipped if none of them is asked for.
 
     Raises:
         ValueError: one of `names` is not in it.
@@ -37,11 +37,11 @@ def known_tasks(names: list[str], args: EvaluationArguments, source: dict[str, A
 
 
 def check(names: list[str], args: EvaluationArguments, source: dict[str, Any]) -> None:
-    """Load all items, so that what is wrong with a task shows before hours of training. Every process calls it.
+    """Load all items, so that a broken task shows before hours of training. Every process calls it.
 
     Args:
         names: tasks of the harness, or `mt_bench`.
-        source: what `lm_eval` has as `--model_args`; some tasks read it.
+        source: what `lm_eval` takes as `--model_args`; some tasks read it.
 
     Raises:
         ValueError: there is no such task, it cannot be loaded, or it runs programs and this has not been allowed.
@@ -53,9 +53,9 @@ def check(names: list[str], args: EvaluationArguments, source: dict[str, Any]) -
         for task in known_tasks(others, args, source).load(others)["tasks"].values():
             if task.get_config("unsafe_code") and not args.confirm_run_unsafe_code:
                 raise ValueError(
-                    f"{task.task_name} runs programs that the model wrote and nobody has read, on this machine. Allow it with "
-                    "`--confirm_run_unsafe_code`. (Those of HumanEval run in processes that may read files but not write, "
-                    "connect or start others.)"
+                    f"{task.task_name} runs programs that the model wrote, unreviewed, on this machine. Allow it with "
+                    "`--confirm_run_unsafe_code`. (HumanEval's run in processes that may read files, but not write, connect "
+                    "or start others.)"
                 )
 
 

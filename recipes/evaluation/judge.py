@@ -3,7 +3,7 @@
 `judge_prompts.jsonl` holds the four prompts of single-answer grading, byte for byte the lines of
 github.com/lm-sys/FastChat, fastchat/llm_judge/data/judge_prompts.jsonl (Apache-2.0).
 
-Every judgment is written down as it comes, in FastChat's format, so its tools read the file and a stopped run goes on.
+Every judgment is saved as it arrives, in FastChat's format, so its tools can read the file and a stopped run can resume.
 """
 
 import importlib.util
@@ -22,14 +22,14 @@ from tqdm.auto import tqdm
 
 from evaluation.arguments import JudgeArguments
 
-if TYPE_CHECKING:  # an extra, needed only by those who name a judge
+if TYPE_CHECKING:  # an extra, needed only with a judge
     from openai import OpenAI
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
 """The categories of MT-Bench that are graded against a reference answer."""
 
 UNRATED = -1
-"""The score of a judgment without a rating. It counts in no mean."""
+"""The score of a judgment without a rating, left out of all means."""
 
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 """`[[7]]`, or else `[7]`."""
@@ -65,7 +65,7 @@ def make_requests(
 
     Args:
         questions: with `question_id`, `category` and two `turns`.
-        answers, references: both turns by question_id; references only of the categories in `NEED_REFERENCE`.
+        answers, references: both turns by question_id; references only for the categories in `NEED_REFERENCE`.
     """
     prompts = judge_prompts()
     requests = []
@@ -73,7 +73,7 @@ def make_requests(
         for question in questions:
             question_id = question["question_id"]
             (question_1, question_2), (answer_1, answer_2) = question["turns"], answers[question_id]
-            # a prompt takes what it names of these
+            # each prompt uses those that it names
             texts = {
                 "question": question_1, "question_1": question_1, "question_2": question_2,
                 "answer": answer_1, "answer_1": answer_1, "answer_2": answer_2,
@@ -95,7 +95,7 @@ def judge_prompts() -> dict[str, dict[str, str]]:
 
 
 def rating(judgment: str) -> int | float:
-    """The first `[[number]]`, else the first `[number]`, else −1. As in FastChat, any number passes, also one above 10.
+    """The first `[[number]]`, else the first `[number]`, else −1. As in FastChat, any number passes, even above 10.
 
     >>> rating("Rating: [[7]]"), rating("arr[0] is right. [[8.5]]"), rating("Rating: [6]"), rating("7 of 10")
     (7, 8.5, 6, -1)
@@ -107,10 +107,10 @@ def rating(judgment: str) -> int | float:
 
 
 def check_judge(args: JudgeArguments) -> None:
-    """Check all that can be known before the first request.
+    """Check what can be checked before the first request.
 
     Raises:
-        ValueError: the package openai is not installed, or OpenAI's endpoint is to be asked without a key.
+        ValueError: the package openai is not installed, or OpenAI's endpoint has no key.
     """
     if importlib.util.find_spec("openai") is None:
         raise ValueError(
@@ -127,8 +127,8 @@ def check_judge(args: JudgeArguments) -> None:
 def judge(requests: Sequence[Request], model_id: str, file: Path, args: JudgeArguments) -> list[dict[str, Any]]:
     """The judgment of each request, from `file` or else from the endpoint, in FastChat's format.
 
-    Each is appended to `file` when it comes. What `file` has for another prompt, model or judge is out of date and removed,
-    since FastChat's tools average all that is there.
+    Each is appended to `file` as it arrives. Entries in `file` for another prompt, model or judge are out of date and removed,
+    since FastChat's tools average all entries.
 
     Sample:
         {"question_id": 81, "model": "lora-ga", "judge": ["gpt-4", "single-v1"], "user_prompt": "[Instruction]\\n…",
@@ -171,7 +171,7 @@ def judge(requests: Sequence[Request], model_id: str, file: Path, args: JudgeArg
             record = future.result()
             found[_asked(record)] = record
     finally:
-        # After an error nothing new is asked, and what is under way is still written down: it is paid for.
+        # After an error no new request starts, but pending ones are still saved: they are paid for.
         pool.shutdown(cancel_futures=True)
     return [found[_key(request, model_id, args)] for request in requests]
 
@@ -187,11 +187,11 @@ def _asked(record: dict[str, Any]) -> tuple:
 def connect(args: JudgeArguments) -> "OpenAI":
     """A client that repeats a request after status 408, 409, 429, 5xx, a timeout or a lost connection.
 
-    It waits as long as the endpoint says, or else 0.5 s, and twice as long each time, up to 8 s.
+    It waits as long as the endpoint says, or else 0.5 s, doubling each time up to 8 s.
     """
     from openai import OpenAI
 
-    # A server of one's own seldom wants a key, but the client does.
+    # A self-hosted server seldom needs a key, but the client does.
     return OpenAI(
         base_url=args.judge_url,
         api_key=os.environ.get(API_KEY) or "none",
@@ -201,7 +201,7 @@ def connect(args: JudgeArguments) -> "OpenAI":
 
 
 def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) -> str:
-    """The judge's words; "" if it declined to say any, as a content filter does.
+    """The judge's reply; "" if it gave none, as with a content filter.
 
     Raises:
         ValueError: naming the endpoint, the model, what went wrong, and what to do.
@@ -209,9 +209,9 @@ def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) ->
     from openai import APIConnectionError, APIStatusError
     from openai.types.chat import ChatCompletion
 
-    assert args.judge_model is not None  # without one nobody is asked
+    assert args.judge_model is not None  # checked by the caller
     where = f"The judge {args.judge_model} at {client.base_url}"
-    onwards = f"Finished judgments are in {file}; the same command goes on from there."
+    onwards = f"Finished judgments are in {file}; the same command resumes from there."
     try:
         completion = client.chat.completions.create(
             model=args.judge_model,
@@ -223,7 +223,7 @@ def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) ->
             max_tokens=2048,
         )
     except APIStatusError as error:
-        remedy = REMEDIES.get(error.status_code, "Look at the endpoint's own messages, or try again later.")
+        remedy = REMEDIES.get(error.status_code, "Check the endpoint's own messages, or try again later.")
         raise ValueError(
             f"{where} answered with status {error.status_code}: {error.message[:500]} {remedy} {onwards}"
         ) from error
@@ -232,14 +232,14 @@ def ask(client: "OpenAI", request: Request, file: Path, args: JudgeArguments) ->
             f"{where} gave no reply in {args.judge_retries + 1} attempts of at most {args.judge_timeout:g} s: "
             f"{error.__cause__ or error}. Check `judge_url` and that the server runs, or raise `judge_timeout`. {onwards}"
         ) from error
-    # a web page, or an error under status 200, comes without a complaint
+    # the client accepts a web page, or an error under status 200
     if not isinstance(completion, ChatCompletion) or not completion.choices:
         raise ValueError(f"{where} answered with no chat completion: {str(completion)[:500]} {REMEDIES[404]} {onwards}")
     return completion.choices[0].message.content or ""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`; a kill leaves what was there before."""
+    """Write `text` to `path`; if killed, the previous content stays."""
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
@@ -254,7 +254,7 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def finished_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file that was appended to; [] if there is none.
 
-    A kill in the middle of a line leaves a part of it at the end, which is cut off here.
+    A run killed in the middle of a line leaves a partial one at the end, which is cut off here.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The model that an evaluation asks, as lm-evaluation-harness has it."""
+"""The model under evaluation, as lm-evaluation-harness expects it."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from lora_ga_trainer.distributed.backends import gather_objects, rank, world_siz
 
 
 class HarnessModel(HFLM):
-    """The harness's `--model hf`, a whole model on every process of the launch, which share the items.
+    """The harness's `--model hf`: a whole model on every process of the launch; the processes share the items.
 
-    The harness itself (0.4.13) shares them only among the GPUs of one machine. Answers end as a training example does, in the
-    tokenizer's token, or as the base model's own do.
+    The harness itself (0.4.13) shares them only among the GPUs of one machine. An answer ends with the tokenizer's token, as a
+    training example does, or with one of the base model's.
     """
 
     def __init__(self, **options: Any):

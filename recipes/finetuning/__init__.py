@@ -1,1 +1,1 @@
-"""The run that all recipes share: `run.run`."""
+"""The run shared by all recipes: `run.run`."""

@@ -23,7 +23,7 @@ class CausalRecipe(Recipe):
     auto_class: ClassVar = AutoModelForCausalLM
 
     definition: Callable[[Any], DataDefinition]
-    """From its data arguments."""
+    """The data, given the recipe's data arguments."""
 
     def demo_model(self) -> str:
         return demo_model_path()

@@ -1,4 +1,4 @@
-"""What a recipe has to say, and all the options that one run of it reads."""
+"""The definition of a recipe, and all the options of one run."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,26 +23,26 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """What makes one recipe different from the others; `causal` and `seq2seq` have the two kinds."""
+    """What distinguishes one recipe from another; `causal` and `seq2seq` are the two kinds."""
 
     config: ClassVar[type[TrainingArguments]]
-    """With the `ga_*` options."""
+    """The trainer's configuration, with the `ga_*` options."""
     auto_class: ClassVar[type]
-    """Of transformers, that loads the base model."""
+    """The transformers class that loads the base model."""
 
     name: str
-    """Of its file, and of its configurations `configs/{name}_*.yaml`."""
+    """The name of its file and of its configurations, `configs/{name}_*.yaml`."""
     data_arguments: type[DataArguments]
     benchmark: str
-    """What `--evaluate` by itself asks: `mt_bench` or a task of `evaluation/`, with data arguments in braces."""
+    """What a bare `--evaluate` runs: `mt_bench` or a task of `evaluation/`, with data arguments in braces."""
 
     def asked(self, options: Options) -> tuple[list[str], dict[str, Any]]:
-        """(the tasks of `--evaluate`, what lm-evaluation-harness calls the base model's `model_args`)."""
+        """(the tasks of `--evaluate`, the base model as lm-evaluation-harness's `model_args`)."""
         source = {"pretrained": options.model.model_name_or_path, "revision": options.model.model_revision}
         return options.evaluation.tasks(self.benchmark.format(**vars(options.data))), source
 
     def base_model(self, args: MethodConfig, path: str | None = None) -> PreTrainedModel:
-        """The untouched base model, or what was saved of all its weights at `path`, as the options have it loaded."""
+        """The untouched base model, or the fully trained one saved at `path`, loaded with the options."""
         return self.auto_class.from_pretrained(
             path or args.model_name_or_path,
             revision=args.model_revision,
@@ -63,4 +63,4 @@ class Recipe(ABC):
     def trainer(
         self, options: Options, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset
     ) -> Trainer:
-        """That of the method, with the base model and its adapter."""
+        """The method's trainer, with the base model and its adapter."""

@@ -1,4 +1,4 @@
-"""What all recipes do: parse, prepare the data, train by a method, tell the loss before and after, save, evaluate."""
+"""The steps of every recipe: parse, prepare the data, train with a method, print the loss before and after, save, evaluate."""
 
 import logging
 import os
@@ -29,9 +29,9 @@ def parse(recipe: Recipe, argv: list[str]) -> Options:
     """The options in the YAML of `--config`, by default the recipe's demo, and over it those in `argv`.
 
     Raises:
-        ValueError: an option that does not exist, or has a value that it cannot have.
+        ValueError: an option does not exist, or its value is invalid.
     """
-    # TRL's parser does not tell what was set, and a method's own options must not overrule a choice in silence.
+    # TRL's parser does not report what was set, and a method must not silently override the user's choice.
     seen = ArgumentParser(argument_default=SUPPRESS, add_help=False)
     for names in (["--config"], ["--ga_direction", "--ga-direction"], ["--ga_scale", "--ga-scale"]):
         seen.add_argument(*names)
@@ -69,14 +69,14 @@ def finetune(recipe: Recipe, options: Options) -> Trainer:
     trainer.save_model()
     trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`
 
-    say = PartialState().print  # on the main process only; the rest is done on all, which share a sharded model
+    say = PartialState().print  # only on the main process; all processes do the rest, since the model may be sharded
     say(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after training.")
     say(how_to_load(recipe, model_args, training_args.output_dir))
     return trainer
 
 
 def check_evaluation(recipe: Recipe, options: Options) -> None:
-    """What is wrong with the tasks of `--evaluate` shows here, before hours of training. Every process calls it.
+    """Find out what is wrong with the tasks of `--evaluate` before hours of training. Every process calls it.
 
     Raises:
         ValueError: see `evaluation.harness.check`.
@@ -89,7 +89,7 @@ def check_evaluation(recipe: Recipe, options: Options) -> None:
 
 
 def evaluate(recipe: Recipe, options: Options) -> dict[str, dict[str, Any]]:
-    """What `--evaluate` asks for, on what was saved: the metrics by task, on the main process. Every process calls it."""
+    """Run the tasks of `--evaluate` on the saved result: the metrics by task, on the main process. Every process calls it."""
     names, source = recipe.asked(options)
     if not names:
         return {}
@@ -99,7 +99,7 @@ def evaluate(recipe: Recipe, options: Options) -> dict[str, dict[str, Any]]:
     model = recipe.base_model(args, None if args.use_peft else out)
     if args.use_peft:
         model = PeftModel.from_pretrained(model, out)
-    if get_quantization_config(args) is None:  # bitsandbytes has put its own there
+    if get_quantization_config(args) is None:  # bitsandbytes has already placed its models
         model = model.to(PartialState().device)
     directory, tokenizer = Path(out, "evaluation"), AutoTokenizer.from_pretrained(out)
     found = harness.evaluate(model, tokenizer, names, directory, options.evaluation, source)
@@ -130,13 +130,13 @@ def run(recipe: Recipe) -> None:
     """The recipe as a program."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lora_ga_trainer").setLevel(logging.INFO)
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models loaded by others
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models loaded elsewhere
     with errors_as_messages():
         options = parse(recipe, sys.argv[1:])
         if options.training.world_size == 1 and options.training.device.type == "cpu":
             torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a CPU process one thread
         if "--config" not in sys.argv:
-            PartialState().print(f"What is not on the command line comes from {CONFIGS / recipe.name}_demo.yaml.")
+            PartialState().print(f"Other settings come from {CONFIGS / recipe.name}_demo.yaml.")
         accelerator = release(finetune(recipe, options))
         evaluate(recipe, options)
         accelerator.wait_for_everyone()  # before any process leaves the group
@@ -144,9 +144,9 @@ def run(recipe: Recipe) -> None:
 
 
 def release(trainer: Trainer) -> Accelerator:
-    """Give back the memory of a training, so that its model can be loaded anew; what is left is its group of processes."""
+    """Free the memory of training, so that its model can be loaded again; only its process group is left."""
     accelerator, trained = trainer.accelerator, trainer.model_wrapped
-    vars(trainer).clear()  # callbacks and hooks refer to the trainer, and it to all the rest
+    vars(trainer).clear()  # callbacks and hooks refer to the trainer, and it refers to everything else
     accelerator.free_memory()
     end_sharding(trained)
     del trained

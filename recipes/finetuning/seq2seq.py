@@ -16,7 +16,7 @@ from lora_ga_trainer import LoRAGASeq2SeqConfig
 
 @dataclass(frozen=True)
 class Seq2SeqRecipe(Recipe):
-    """A recipe whose data have a split of their own to hold out."""
+    """A recipe whose data have their own held-out split."""
 
     config: ClassVar = LoRAGASeq2SeqConfig
     auto_class: ClassVar = AutoModelForSeq2SeqLM

@@ -1,1 +1,1 @@
-"""What the paper compares: `table.METHODS`, and the trainers that it takes."""
+"""The methods that the paper compares: `table.METHODS`, and the trainers it needs."""

@@ -1,4 +1,4 @@
-"""The trainers of the methods that TRL and PEFT leave half done: LoRA+, PiSSA, AdaLoRA.
+"""Trainers for the methods that TRL and PEFT implement only in part: LoRA+, PiSSA, AdaLoRA.
 
 Each is a mixin for a `transformers.Trainer` and comes before it in the bases.
 """
@@ -18,7 +18,7 @@ from lora_ga_trainer import LoRAGAMixin
 from lora_ga_trainer.trainers.seq2seq import TokenMeanSeq2SeqTrainer
 
 LORA_PLUS_RATIO = 16
-"""λ of LoRA+ (arXiv 2402.12354): B learns so many times as fast as A."""
+"""λ of LoRA+ (arXiv 2402.12354): the ratio of B's learning rate to A's."""
 
 ORTHOGONALITY = 0.5
 """γ of AdaLoRA (arXiv 2303.10512): the weight of its regularizer; PEFT's default."""
@@ -48,7 +48,7 @@ class PiSSA:
     """PiSSA for a `Trainer`: what is saved is an ordinary LoRA of rank 2r for the untouched base model.
 
     PiSSA moves the first r singular triplets of each weight into the adapter, so its adapter alone fits only the rest.
-    PEFT subtracts the untrained adapter, which is kept in `pissa_init`. Checkpoints stay as they train, for resuming.
+    PEFT subtracts the untrained adapter, which is kept in `pissa_init`. Checkpoints keep the training form, for resuming.
     """
 
     def __init__(self, *args, **kwargs):
@@ -93,15 +93,15 @@ class AdaLoRA:
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs):
         found = super().compute_loss(model, inputs, return_outputs, **kwargs)
         if not self.model.training:
-            return found  # so that the held-out loss is that of the other methods
-        # TRL takes the log-probabilities and leaves the model's own loss, where PEFT adds the regularizer. Trainer sums over
-        # the accumulation steps.
+            return found  # so that the held-out loss is comparable with the other methods'
+        # TRL takes the log-probabilities and ignores the model's own loss, to which PEFT adds the regularizer. Trainer sums
+        # over the accumulation steps.
         penalty = ORTHOGONALITY * orthogonality(self.model) / self.current_gradient_accumulation_steps
         return (found[0] + penalty, found[1]) if return_outputs else found + penalty
 
 
 def orthogonality(model: nn.Module) -> Tensor:
-    """The mean over all P (A's rows, B's columns) of ‖P Pᵀ − I‖, without AdaLoRA's square, as PEFT has it."""
+    """The mean over all P (A's rows, B's columns) of ‖P Pᵀ − I‖, without AdaLoRA's square, as in PEFT."""
     norms = []
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -127,7 +127,7 @@ class AllocateRanks(TrainerCallback):
         schedule.tfinal = min(state.max_steps // 2, state.max_steps - 2)  # the first step only measures
 
     def on_optimizer_step(self, args, state, control, model, **kwargs):
-        # after the step, while there are gradients; PEFT's schedule counts steps from 1, Trainer has not counted this one
+        # after the step, while gradients still exist; PEFT's schedule counts from 1, and Trainer has not counted this step yet
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
@@ -144,7 +144,7 @@ def check_whole_parameters(trainer: Trainer, name: str) -> None:
 
 
 def check_saves_whole(trainer: Trainer) -> None:
-    """LoRA-GA's trainers gather what they save. `Trainer` leaves the pieces of a sharded model as they lie, unless told not to.
+    """LoRA-GA's trainers gather what they save. By default, `Trainer` saves the pieces of a sharded model separately.
 
     Raises:
         ValueError: the launch would leave nothing that `from_pretrained` can load.
@@ -161,8 +161,8 @@ def check_saves_whole(trainer: Trainer) -> None:
             option = "--zero3_save_16bit_model true"
     if option is not None:
         raise ValueError(
-            "This launch shards what is trained and would save it in pieces, which `from_pretrained` cannot load. Launch it "
-            f"with `accelerate launch {option}`, or set the same in its configuration file."
+            "This launch shards the trained parameters and would save them in pieces, which `from_pretrained` cannot load. "
+            f"Launch it with `accelerate launch {option}`, or set the same in its configuration file."
         )
 
 

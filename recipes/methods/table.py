@@ -1,7 +1,7 @@
 """The methods that the paper compares, in one table: `--method`.
 
-All train with the same data, order, optimizer and options; the table says what each changes. α is 16, dropout 0, and the
-targets are all linear layers but the head, unless the options say otherwise.
+All train with the same data, order, optimizer and options; the table lists what each changes. Unless the options differ, α is
+16, dropout 0, and the targets are all linear layers except the head.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from methods.baselines import (
 
 
 def lora(**changes: Any) -> Callable[..., LoraConfig]:
-    """A plain LoRA, s = α/r, but for `changes`."""
+    """A plain LoRA, s = α/r, with `changes`."""
     return lambda r, **shared: LoraConfig(r=r, **shared, **changes)
 
 
@@ -36,7 +36,7 @@ def adalora(r: int, **shared: Any) -> AdaLoraConfig:
 
 
 class Trainers(NamedTuple):
-    """For either kind of model."""
+    """One for each kind of model."""
 
     causal: type[SFTTrainer]
     seq2seq: type[Seq2SeqTrainer]
@@ -54,7 +54,7 @@ class Method:
     adapter: Callable[..., PeftConfig] | None
     """(r, lora_alpha, …) -> the adapter's configuration; None to train all weights."""
     ga: dict[str, str] = field(default_factory=dict)
-    """`ga_*` options that make the method what it is."""
+    """`ga_*` options that define the method."""
 
 
 METHODS = {
@@ -75,7 +75,7 @@ METHODS = {
 
 @dataclass
 class MethodConfig(ModelConfig):
-    """TRL's `ModelConfig`, with a method and the paper's adapter. What the method decides is no option.
+    """TRL's `ModelConfig`, with a method and the paper's adapter. What the method decides is not an option.
 
     Raises:
         ValueError: there is no such method, or the rank is below 1.
@@ -83,7 +83,7 @@ class MethodConfig(ModelConfig):
 
     method: str = field(default="lora_ga", metadata={"help": f"One of {', '.join(METHODS)}."})
     r: int = field(
-        default=8, metadata={"help": "The adapter's rank. (torchrun takes `--r` for its own: set it in the YAML.)"}
+        default=8, metadata={"help": "The adapter's rank. (torchrun claims `--r` for itself: set it in the YAML.)"}
     )
     lora_alpha: int = field(default=16, metadata={"help": "The adapter's α."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
@@ -124,7 +124,7 @@ def adapter_config(model_args: MethodConfig, task_type: str) -> PeftConfig | Non
 
 
 def set_ga_options(training_args: LoRAGAArguments, method: str, given: Iterable[str]) -> None:
-    """Give `training_args` the `ga_*` values that make `method` what it is.
+    """Give `training_args` the `ga_*` values that define `method`.
 
     Args:
         given: the names of the options that the user has set.
