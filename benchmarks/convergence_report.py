@@ -3,7 +3,7 @@
     python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml
 
 For each task: the loss of every method at its own best learning rate, at the learning rates that people use, and how wide the
-range of rates is that come within 5 % and 25 % of the best. The plots go to `plots/convergence_*.png` (needs the extra `plot`).
+range of rates is that come within 5 % and 25 % of the best. The plots go to `plots/convergence_*.png`, or under the name that the sweep gives them (needs the extra `plot`).
 """
 
 from argparse import ArgumentParser
@@ -85,6 +85,13 @@ def table(task_arms: list[Arm]) -> str:
     return markdown_table(header, rows)
 
 
+def table_by_rate(task_arms: list[Arm]) -> str:
+    """Final loss, a row an arm and a column a learning rate."""
+    rates = sorted({rate for arm in task_arms for rate in arm.losses()})
+    rows = [[arm.label, *(number(arm.losses().get(rate)) for rate in rates)] for arm in task_arms]
+    return markdown_table(["held-out loss at the learning rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
 def solved(arm: Arm) -> str:
     """How many of the benchmark's items each run got right, by learning rate, with one standard error."""
     found = []
@@ -117,7 +124,7 @@ def style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + shift) % len(MARKERS)]}
 
 
-def plot(task: str, task_arms: list[Arm]) -> Path:
+def plot(name: str, task: str, task_arms: list[Arm]) -> Path:
     """Final loss against learning rate; held-out loss against steps and seconds at each arm's best rate, and at a usual one."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 11), layout="constrained")
     by_rate, usual, steps, seconds = axes.flat
@@ -148,13 +155,13 @@ def plot(task: str, task_arms: list[Arm]) -> Path:
         axis.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(task)
-    path = PLOTS / f"convergence_{task}.png"
+    path = PLOTS / f"{name}_{task}.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 
 
-def plot_numbers(task: str, task_arms: list[Arm]) -> Path:
+def plot_numbers(name: str, task: str, task_arms: list[Arm]) -> Path:
     """The three numbers of every arm as bars: loss at its best rate, at the usual ones, decades of rates near the best."""
     figure, axes = plt.subplots(1, 3, figsize=(16, 1.5 + 0.45 * len(task_arms)), layout="constrained", sharey=True)
     best, usual, width = axes
@@ -186,7 +193,7 @@ def plot_numbers(task: str, task_arms: list[Arm]) -> Path:
     for axis in axes:
         axis.margins(x=0.65)
     figure.suptitle(task)
-    path = PLOTS / f"convergence_{task}_numbers.png"
+    path = PLOTS / f"{name}_{task}_numbers.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
@@ -198,10 +205,11 @@ def main():
     args = parser.parse_args()
     sweep = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
     PLOTS.mkdir(exist_ok=True)
+    name = sweep.get("plots", "convergence")
     print(f"`python benchmarks/convergence.py {args.sweep}`\n")
     for task, task_arms in arms(sweep).items():
-        print(f"### {task}\n\n{table(task_arms)}\n")
-        for path in (plot_numbers(task, task_arms), plot(task, task_arms)):
+        print(f"### {task}\n\n{table_by_rate(task_arms)}\n\n{table(task_arms)}\n")
+        for path in (plot_numbers(name, task, task_arms), plot(name, task, task_arms)):
             print(f"![{path.stem}]({path.relative_to(PLOTS.parent)})\n")
     print("; ".join(sorted({run["on"] for run in RUNS.runs()})))
 

@@ -71,13 +71,13 @@ def measure_variant(args: Namespace) -> dict[str, int]:
     halved = {name: value[:estimated] for name, value in batch.items()}
     # Once before: kernels and thread buffers that any first use loads are no cost of either.
     short = {name: value[:1, :16] for name, value in batch.items()}
-    initialize_lora_ga(model, [short], LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, [short], LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     if what == "initialization":
         model = get_peft_model(model.unload(), lora_config(8))
         if checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with peak_memory(device) as peak:
-            initialize_lora_ga(model, [halved], LoRAGAArguments(), disable_tqdm=True)
+            initialize_lora_ga(model, [halved], LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
         return {"peak": peak.extra_bytes}
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Step 1. An ordinary PEFT model. Its adapter becomes A0 + dA and B0 + dB, where only the differences train. Everything is
     # still zero, so it computes the base model's function. It comes before `prepare`, which then shards these parameters too.
-    ga = LoRAGAArguments()
+    ga = LoRAGAArguments(ga_learning_rate=args.learning_rate)  # by which the factors are scaled
     config = LoraConfig(r=args.r, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     attach_lora_ga(model, ga)

@@ -43,8 +43,10 @@ class LoRAGAArguments:
             Which of the first 2·r singular vectors go to A (V) and to B (U): `"ArB2r"` A the first r and B the next r,
             `"A2rBr"` the reverse, `"ArBr"` A the odd and B the even ones (counted from 0), `"random"` two disjoint
             random sets. `"gaussian"` is the paper's ablation: random vectors instead of singular ones.
-        ga_scale (`str`, *optional*, defaults to `"stable"`):
-            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"stable"` O^¼/√γ, `"unit"` 1, `"gd"` 1/s,
+        ga_scale (`str`, *optional*, defaults to `"matched"`):
+            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"matched"` such that the first step of AdamW
+            moves each weight as far as full fine-tuning at `ga_full_learning_rate` would, whatever the learning rate, r and α;
+            `"stable"` O^¼/√γ, the paper's, which is to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
             `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
             and √(O/I) for B0 (the paper's ablation).
         ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):
@@ -95,9 +97,10 @@ class LoRAGAArguments:
         },
     )
     ga_scale: str = field(
-        default="stable",
+        default="matched",
         metadata={
-            "help": "Size of the factors: `stable` O^(1/4)/sqrt(gamma), `unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
+            "help": "Size of the factors: `matched` to full fine-tuning's first step, `stable` (the paper's), "
+            "`unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
         },
     )
     ga_full_learning_rate: float = field(

@@ -176,9 +176,9 @@ def matched_scale(
 
         c = η_f·√(O·I) / (s·√(r·(η_A²·I + η_B²·O)))
 
-    and without the offset, where B0 = 0, the second part is all there is. With one rate for both η_f/η is all that counts, and
-    it stays the same under a schedule that both would follow. At high rates, where dA and dB soon outgrow any small A0 and B0, c
-    is `SMALLEST_MATCHED` instead.
+    and without the offset, where B0 = 0, the second part is all there is. With one rate for both, only η_f/η counts, which
+    stays the same under a schedule that both would follow. At high rates, where dA and dB soon outgrow any small A0 and B0,
+    c is `SMALLEST_MATCHED` instead.
     """
     squared_rates = learning_rates.B**2 * out_features
     if offset:

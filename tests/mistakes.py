@@ -296,7 +296,7 @@ def a13_an_adapter_that_was_trained(world):
 
 def a14_an_adapter_that_was_initialized(world):
     model = world.peft_model()
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
     world.trainer(model=model)
 
 
@@ -304,7 +304,7 @@ def a15_two_active_adapters(world):
     model = world.peft_model()
     model.add_adapter("second", lora_config())
     model.base_model.set_adapter(["default", "second"])
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
 
 
 def a16_an_adapter_for_inference(world):
@@ -323,7 +323,9 @@ def a18_a_model_that_transformers_gave_an_adapter(world):
 
 def a19_a_classifier_whose_head_would_be_lost(world):
     model = LlamaForSequenceClassification(tiny_model().config)
-    attach_lora_ga(get_peft_model(world.watch(model), lora_config(task_type=None)), LoRAGAArguments())
+    attach_lora_ga(
+        get_peft_model(world.watch(model), lora_config(task_type=None)), LoRAGAArguments(ga_learning_rate=1e-3)
+    )
 
 
 def a20_a_task_type_of_text_for_a_model_of_sound(world):
@@ -332,7 +334,7 @@ def a20_a_task_type_of_text_for_a_model_of_sound(world):
         WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64, pad_token_id=0, **sizes)
     )
     lora = lora_config(task_type="SEQ_2_SEQ_LM")
-    attach_lora_ga(get_peft_model(world.watch(model), lora), LoRAGAArguments())
+    attach_lora_ga(get_peft_model(world.watch(model), lora), LoRAGAArguments(ga_learning_rate=1e-3))
 
 
 def a21_the_default_adapter_for_experts(world):
@@ -364,7 +366,7 @@ def m03_a_loss_that_is_nan(world):
         value = model(**batch).loss
         return value * float("nan") if batch["input_ids"].sum() == poisoned else value
 
-    initialize_lora_ga(world.peft_model(), batches, LoRAGAArguments(), loss, **QUIET)
+    initialize_lora_ga(world.peft_model(), batches, LoRAGAArguments(ga_learning_rate=1e-3), loss, **QUIET)
 
 
 def m04_no_such_folder(world):
@@ -389,7 +391,7 @@ def m08_a_name_for_the_seq2seq_trainer(world):
 
 
 def m09_no_adapter_on_the_model(world):
-    initialize_lora_ga(world.model(), tiny_batches(), LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(world.model(), tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
 
 
 def m10_options_of_another_kind(world):
@@ -498,11 +500,11 @@ def d18_all_labels_masked(world):
 
 def d19_batches_without_labels(world):
     batches = [{"input_ids": torch.full((2, 4), 5)}]
-    initialize_lora_ga(world.peft_model(), batches, LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(world.peft_model(), batches, LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
 
 
 def d20_no_batches(world):
-    initialize_lora_ga(world.peft_model(), [], LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(world.peft_model(), [], LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
 
 
 def d21_other_columns_to_evaluate_on(world):
@@ -613,7 +615,7 @@ def c15_saving_before_training(world):
 
 
 def c16_restarting_before_the_start(world):
-    model, config = world.peft_model(), LoRAGAArguments()
+    model, config = world.peft_model(), LoRAGAArguments(ga_learning_rate=1e-3)
     attach_lora_ga(model, config)
     restart_lora_ga(model, tiny_batches(), config, torch.optim.AdamW(model.parameters()), **QUIET)
 
@@ -651,7 +653,7 @@ def c21_merging_into_a_quantized_base(world):
 
 def initialized(world) -> PeftModel:
     model = world.peft_model()
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), **QUIET)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), **QUIET)
     return model
 
 

@@ -69,7 +69,7 @@ def nan_on_the_last_process(out: Path) -> None:
 def attached_after_sharding(out: Path) -> None:
     model = get_peft_model(tiny_model(), lora_config())
     fully_shard(model)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
 
 
 def a_process_dies(out: Path) -> None:

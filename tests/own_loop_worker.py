@@ -25,7 +25,7 @@ from lora_ga_trainer.gradient.objective import language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga, factorization
 
 deepspeed = import_deepspeed()
-CONFIG = LoRAGAArguments(ga_estimator="exact")
+CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 ZERO3 = Path(__file__).resolve().parents[1] / "accelerate_configs/cpu/zero3.json"
 
 

@@ -18,7 +18,7 @@ DEFAULTS = {
     "ga_sketch_passes": 2,
     "ga_sketch_size": None,
     "ga_direction": "ArB2r",
-    "ga_scale": "stable",
+    "ga_scale": "matched",
     "ga_full_learning_rate": 5e-5,
     "ga_learning_rate": None,
     "ga_gamma": 16.0,

@@ -430,7 +430,9 @@ def own_loops(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("name", ["uneven", "one has none", "ZeRO-3", "FSDP2"])
 def test_a_loop_of_ones_own(own_loops, name):
     model, _ = peft_pair()
-    initialize_lora_ga(model, tiny_batches((8,)), LoRAGAArguments(ga_estimator="exact"), disable_tqdm=True)
+    initialize_lora_ga(
+        model, tiny_batches((8,)), LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact"), disable_tqdm=True
+    )
     reference = {key: value for key, value in model.state_dict().items() if key.endswith("frozen")}
     first, second = own_loops
     assert first["world_size"] == 2

@@ -17,7 +17,7 @@ from lora_ga_trainer.gradient.restored import preserved_rng
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.trainers.data import draw_examples
 
-EXACT = LoRAGAArguments(ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 REST = {"model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
 
@@ -104,7 +104,7 @@ def test_offloaded_targets_are_refused_at_construction(base_model, sft_config, p
 def test_a_layers_sums_are_on_its_own_device(estimator):
     """torch's device without memory stands in for a second one: it refuses nothing, but everything made there says so."""
     model, _ = peft_pair()
-    config = LoRAGAArguments(ga_estimator=estimator, ga_sketch_size=10)
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator=estimator, ga_sketch_size=10)
     weights = attach_lora_ga(model, config).weights
     weight = next(weight for name, weight in weights.items() if name.endswith("gate_proj"))
     weight.layer.to("meta")
@@ -119,7 +119,7 @@ def test_a_layers_sums_are_on_its_own_device(estimator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_sketchs_bases_are_as_exact_as_the_model(dtype):
     model, _ = peft_pair(dtype=dtype)
-    config = LoRAGAArguments(ga_sketch_size=10)
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10)
     for layer in attach_lora_ga(model, config).weights.values():
         accumulator = make_accumulator(layer, config)
         if isinstance(accumulator, GradientSketch):
@@ -160,7 +160,9 @@ def loss_under_autocast(dtype, factor=1.0):
 @PRECISIONS
 def test_logits_at_init(dtype, autocast):
     model, base = peft_pair(dtype=dtype)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), loss_under_autocast(autocast), disable_tqdm=True)
+    initialize_lora_ga(
+        model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), loss_under_autocast(autocast), disable_tqdm=True
+    )
     assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     with under_autocast(autocast):
         assert torch.equal(logits(model), logits(base))
@@ -257,7 +259,7 @@ def test_torchs_defaults_change_nothing(default, options, defaults, tmp_path):
         return hidden.square().sum() / num_items
 
     def run(folder, **defaults):
-        model, config = peft_pair()[0], LoRAGAArguments(**options)
+        model, config = peft_pair()[0], LoRAGAArguments(ga_learning_rate=1e-3, **options)
         default(**defaults)
         report = initialize_lora_ga(model, tiny_batches_on_cpu, config, loss, disable_tqdm=True)
         draws = draw_examples(list(range(20)), 5, 42, slice(0, None, 1))

@@ -99,7 +99,9 @@ def adapted(family: str, folder: Path, dtype=torch.float32, offset=True, **lora)
     base = tiny_model(family, dtype)
     base.save_pretrained(folder / "base", max_shard_size="100kB")
     model = get_peft_model(base, lora_config(**lora))
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=offset), disable_tqdm=True)
+    initialize_lora_ga(
+        model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=offset), disable_tqdm=True
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -344,7 +346,7 @@ def test_a_resized_vocabulary(family, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(70)
     model = get_peft_model(base, lora_config(target_modules=["q_proj"]))
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.save_pretrained(tmp_path / "adapter")
     message = r"a vocabulary of 70 tokens, the base model's files have 64.*resize_token_embeddings\(70\)"
     refused(message, tmp_path / "adapter", tmp_path / "out", merge=True)

@@ -45,7 +45,7 @@ from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_g
 from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.initialization import attach_lora_ga
 
-CONFIG = LoRAGAArguments(ga_estimator="exact")
+CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 # sizes that are not multiples of each other, so that a transposed shape cannot go unnoticed; windows shorter than the examples
@@ -205,7 +205,12 @@ def test_stock_peft_loads_what_was_trained_and_it_merges(family, offset, tmp_pat
     model, base = pair(family)
     base.save_pretrained(tmp_path / "base")
     batches = tiny_batches()
-    initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact", ga_offset=offset), disable_tqdm=True)
+    initialize_lora_ga(
+        model,
+        batches,
+        LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact", ga_offset=offset),
+        disable_tqdm=True,
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in batches:
         model.train()(**batch).loss.backward()

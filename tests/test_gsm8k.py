@@ -157,7 +157,7 @@ def test_any_task_of_the_harness(monkeypatch):
 def test_the_harness_by_itself_evaluates_an_adapter(items, base_model, tokenizer, tmp_path):
     """The command of docs/recipes.md: no code of ours but the task's functions, from another folder."""
     model, base = peft_pair()
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("trainable"):

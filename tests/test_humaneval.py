@@ -154,7 +154,9 @@ def test_the_prompt():
 
 def test_nothing_is_run_without_permission(two_problems):
     args = EvaluationArguments(evaluation_file=str(two_problems))
-    with pytest.raises(ValueError, match="runs programs that the model wrote, unreviewed, .* `--confirm_run_unsafe_code`"):
+    with pytest.raises(
+        ValueError, match="runs programs that the model wrote, unreviewed, .* `--confirm_run_unsafe_code`"
+    ):
         check(["humaneval_alpaca"], args, {})
     with pytest.raises(ValueError, match="marked as unsafe"):  # by the harness itself, in its own command
         evaluate(tiny_model(), word_tokenizer(), ["humaneval_alpaca"], two_problems.parent, args, {})

@@ -31,7 +31,7 @@ def logits(model):
 
 def trained(offset=True, restarts=0, learning_rate=1e-2, **lora):
     model, _ = peft_pair(**lora)
-    config, batches = LoRAGAArguments(ga_offset=offset), tiny_batches()
+    config, batches = LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=offset), tiny_batches()
     initialize_lora_ga(model, batches, config, disable_tqdm=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for restart in range(restarts + 1):

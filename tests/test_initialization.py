@@ -16,7 +16,7 @@ from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumul
 from lora_ga_trainer.gradient.objective import Objective, language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga
 
-EXACT = LoRAGAArguments(ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 
 
 def state(model):
@@ -53,7 +53,9 @@ def largest_difference(found, reference):
 def test_logits_stay_the_base_models_bit_for_bit(family, dtype, checkpointing):
     """Invariants 1 and 7: on every kind of model, and the base weights are not written."""
     model, base = peft_pair(family, dtype)
-    initialize_lora_ga(checkpointed(model, checkpointing), tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(
+        checkpointed(model, checkpointing), tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True
+    )
     inputs = tiny_batches(seed=9)[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
@@ -95,7 +97,7 @@ def test_without_the_offset_a0_is_the_same_and_the_alignment_is_its_own():
     """cos(G, G A0ᵀ A0): B = 0 lets A0 alone decide where the first step goes."""
     model, base = peft_pair()
     batches = tiny_batches()
-    config = LoRAGAArguments(ga_estimator="exact", ga_offset=False)
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact", ga_offset=False)
     report = initialize_lora_ga(model, batches, config, disable_tqdm=True)
     with_offset, _ = peft_pair()
     initialize_lora_ga(with_offset, batches, EXACT, disable_tqdm=True)
@@ -108,7 +110,9 @@ def test_without_the_offset_a0_is_the_same_and_the_alignment_is_its_own():
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
+@pytest.mark.parametrize(
+    "config", [EXACT, LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10)], ids=["exact", "sketch"]
+)
 def test_scaling_the_loss_changes_no_factor(factor, config):
     def factors(scale):
         model, _ = peft_pair()
@@ -140,7 +144,9 @@ def test_fp16_gradients_do_not_underflow():
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 8, (8,), (5, 3)])
-@pytest.mark.parametrize("config", [EXACT, LoRAGAArguments(ga_sketch_size=10)], ids=["exact", "sketch"])
+@pytest.mark.parametrize(
+    "config", [EXACT, LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10)], ids=["exact", "sketch"]
+)
 def test_factors_do_not_depend_on_batching(config, sizes):
     def factors(sizes):
         model, _ = peft_pair()
@@ -155,7 +161,7 @@ def test_the_sketch_is_really_used_and_near_exact():
         model, _ = peft_pair()
         return initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
 
-    exact, sketch = report(EXACT), report(LoRAGAArguments(ga_sketch_size=12))
+    exact, sketch = report(EXACT), report(LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=12))
     assert exact.alignment.keys() == sketch.alignment.keys()
     assert any(exact.alignment[name] != sketch.alignment[name] for name in exact.alignment)
     # K = 12 of rank-starved tiny gradients, and ‖G‖ estimated from 8 columns
@@ -166,7 +172,7 @@ def test_random_direction_and_sketch_follow_ga_seed_only():
     def factors(seed, torch_seed):
         model, _ = peft_pair()
         torch.manual_seed(torch_seed)
-        config = LoRAGAArguments(ga_direction="random", ga_sketch_size=12, ga_seed=seed)
+        config = LoRAGAArguments(ga_learning_rate=1e-3, ga_direction="random", ga_sketch_size=12, ga_seed=seed)
         initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
         return step_directions(model)
 
@@ -190,7 +196,7 @@ def test_report_names_the_least_aligned_layer():
 
 def test_rank_pattern_and_modules_to_save():
     model, base = peft_pair(rank_pattern={"k_proj": 2}, alpha_pattern={"k_proj": 32}, modules_to_save=["lm_head"])
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     inputs = tiny_batches(seed=9)[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
@@ -218,7 +224,9 @@ def test_a_shuffling_data_loader_leaves_the_random_state_alone():
 
 def test_batches_may_be_a_generator():
     model, _ = peft_pair()
-    report = initialize_lora_ga(model, iter(tiny_batches()), LoRAGAArguments(ga_sketch_size=10), disable_tqdm=True)
+    report = initialize_lora_ga(
+        model, iter(tiny_batches()), LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10), disable_tqdm=True
+    )
     assert report.alignment_min > 0
 
 
@@ -306,7 +314,8 @@ def test_no_target_reached_at_all():
 
 def test_sketch_narrower_than_2r():
     refused(
-        r"`ga_sketch_size` is 7, but must be at least 2·r = 8 for .*q_proj", config=LoRAGAArguments(ga_sketch_size=7)
+        r"`ga_sketch_size` is 7, but must be at least 2·r = 8 for .*q_proj",
+        config=LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=7),
     )
 
 
@@ -332,11 +341,11 @@ def test_after_a_failure_it_can_be_tried_again_with_other_options():
     model, base = peft_pair()
     masked = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in tiny_batches()]
     with pytest.raises(ValueError, match="All labels"):
-        initialize_lora_ga(model, masked, LoRAGAArguments(ga_gamma=4.0), disable_tqdm=True)
+        initialize_lora_ga(model, masked, LoRAGAArguments(ga_learning_rate=1e-3, ga_gamma=4.0), disable_tqdm=True)
     inputs = tiny_batches()[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(inputs).logits, base(inputs).logits)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_gamma=64.0), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_gamma=64.0), disable_tqdm=True)
     assert model.lora_ga.state.options["ga_gamma"] == 64.0 and model.lora_ga.state.report is not None
 
 
@@ -344,7 +353,9 @@ def test_attached_in_the_other_form():
     model, _ = peft_pair()
     attach_lora_ga(model, EXACT)
     with pytest.raises(ValueError, match="`ga_offset` is False, but the adapter 'default' was attached with True"):
-        initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=False), disable_tqdm=True)
+        initialize_lora_ga(
+            model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=False), disable_tqdm=True
+        )
 
 
 def test_not_a_peft_model():
@@ -390,6 +401,8 @@ def test_the_sums_of_a_pass_are_gone_before_the_next(monkeypatch):
 
     monkeypatch.setattr(GradientSketch, "add", watched_add)
     monkeypatch.setattr(GradientSketch, "end_pass", watched_end_pass)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_sketch_size=10), disable_tqdm=True)
+    initialize_lora_ga(
+        model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10), disable_tqdm=True
+    )
     assert of_first_pass and alive_in_second
     assert not any(alive_in_second)

@@ -64,7 +64,9 @@ def page(run, tmp_path_factory) -> Path:
 def test_the_spectra_are_those_of_autograds_gradient():
     model, base = peft_pair()
     batches = tiny_batches()
-    report = initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact"), disable_tqdm=True)
+    report = initialize_lora_ga(
+        model, batches, LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact"), disable_tqdm=True
+    )
     layers = model.lora_ga.weights
     for name, grad_OI in dense_reference.autograd_gradients(base, layers, batches).items():
         _, s, _ = dense_reference.singular_vectors(grad_OI)
@@ -193,7 +195,7 @@ def test_a_checkpoint_is_shown_up_to_itself(run, tmp_path):
 def test_an_adapter_of_ones_own_loop(tmp_path):
     """No trainer, no log, no checkpoint; and an adapter with a name, in a folder of its own."""
     model = get_peft_model(tiny_model(), lora_config(), adapter_name="mine")
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.save_pretrained(tmp_path / "own")
     found = Found(inspect(tmp_path / "own", tmp_path / "page"))
     assert found.figures == PICTURES[:-1] and "has no trainer_state.json" in found.text
@@ -372,7 +374,9 @@ def test_one_bar_and_one_block(logging_on, caplog, capsys):
     if logging_on:
         caplog.set_level("INFO", logger="lora_ga_trainer")
     model, _ = peft_pair()
-    report = initialize_lora_ga(model, tiny_batches((3, 3, 2)), LoRAGAArguments(ga_sketch_size=10, ga_sketch_passes=2))
+    report = initialize_lora_ga(
+        model, tiny_batches((3, 3, 2)), LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10, ga_sketch_passes=2)
+    )
     said = capsys.readouterr()
     last = said.err.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("LoRA-GA gradient, pass 2 of 2: 100%") and " 16/16 [" in last and "samples/s" in last

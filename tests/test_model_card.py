@@ -150,7 +150,7 @@ def test_the_code_in_the_card_resizes_the_vocabulary(family, lora, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     base.resize_token_embeddings(70)
     model = get_peft_model(base, lora_config(target_modules=["q_proj"], **lora))
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.eval().save_pretrained(tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
@@ -166,7 +166,7 @@ def test_the_code_in_the_card_resizes_the_vocabulary(family, lora, tmp_path):
 @pytest.mark.parametrize("name", ["default", "mine"])
 def test_a_loop_of_ones_own(name, tmp_path):
     model = get_peft_model(named(tiny_model, "org/some-base"), lora_config(), adapter_name=name)
-    report = initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    report = initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.save_pretrained(tmp_path)
     card = check_card(tmp_path / "README.md", report, "org/some-base")
     assert "More Information Needed" not in card.text
@@ -181,7 +181,7 @@ def test_without_the_offset_the_file_has_rank_r(tmp_path):
 
 def test_a_deleted_adapter_leaves_peft_its_card(tmp_path):
     model = get_peft_model(tiny_model(), lora_config())
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.add_adapter("other", lora_config())
     model.delete_adapter("default")
     model.set_adapter("other")

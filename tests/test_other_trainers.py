@@ -541,7 +541,7 @@ def test_a_head_that_would_be_lost_is_named(model, lora, head):
     with pytest.raises(
         ValueError, match=rf"^{head} of .* would be neither trained nor saved.*modules_to_save=\['{head}'\]"
     ):
-        attach_lora_ga(wrapped, LoRAGAArguments())
+        attach_lora_ga(wrapped, LoRAGAArguments(ga_learning_rate=1e-3))
 
 
 def audio_classifier():
@@ -565,13 +565,18 @@ def audio_classifier():
     ],
 )
 def test_a_head_that_is_saved(model, lora):
-    attach_lora_ga(get_peft_model(model(), lora_config(target_modules=["q_proj"], **lora)), LoRAGAArguments())
+    attach_lora_ga(
+        get_peft_model(model(), lora_config(target_modules=["q_proj"], **lora)), LoRAGAArguments(ga_learning_rate=1e-3)
+    )
 
 
 def test_a_head_that_comes_with_the_base_model_may_stay_frozen(tmp_path):
     base_of("classifier").save_pretrained(tmp_path)
     loaded = LlamaForSequenceClassification.from_pretrained(tmp_path)
-    attach_lora_ga(get_peft_model(loaded, lora_config(task_type=None, target_modules=["q_proj"])), LoRAGAArguments())
+    attach_lora_ga(
+        get_peft_model(loaded, lora_config(task_type=None, target_modules=["q_proj"])),
+        LoRAGAArguments(ga_learning_rate=1e-3),
+    )
 
 
 # --- a model that carries an adapter --------------------------------------------------------------------------------
@@ -579,7 +584,7 @@ def test_a_head_that_comes_with_the_base_model_may_stay_frozen(tmp_path):
 
 def loaded_with_an_adapter(folder):
     model, _ = peft_pair()
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     model.save_pretrained(folder)
     loaded = tiny_model()
     loaded.load_adapter(str(folder))
@@ -612,10 +617,10 @@ def test_a_model_that_carries_an_adapter_is_refused(adapted, tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer(model, args=config(**arguments), train_dataset=rows, processing_class=word_tokenizer())
     with pytest.raises(ValueError, match=message):
-        attach_lora_ga(model, LoRAGAArguments())
+        attach_lora_ga(model, LoRAGAArguments(ga_learning_rate=1e-3))
     if adapted is not with_an_injected_adapter:  # which nothing is left of once it is wrapped
         with pytest.raises(ValueError, match=message):
-            attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments())
+            attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments(ga_learning_rate=1e-3))
 
 
 def test_an_encoder_decoder_that_carries_an_adapter_is_refused(tmp_path):
@@ -629,7 +634,7 @@ def test_a_model_whose_adapter_was_deleted_is_a_base_model():
     model = tiny_model()
     model.add_adapter(lora_config(), adapter_name="mine")
     model.delete_adapter("mine")
-    attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments())
+    attach_lora_ga(get_peft_model(model, lora_config()), LoRAGAArguments(ga_learning_rate=1e-3))
 
 
 # --- data, and the order of errors ----------------------------------------------------------------------------------

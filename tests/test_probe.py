@@ -20,7 +20,7 @@ from lora_ga_trainer.gradient.probe import gradient_probe
 from lora_ga_trainer.gradient.restored import noise_free_training_mode
 from lora_ga_trainer.initialization import attach_lora_ga
 
-EXACT = LoRAGAArguments(ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 
 
 def estimated_gradients(model, batches, config=EXACT, compute_loss=language_model_loss):

@@ -202,7 +202,10 @@ def test_sums_do_not_depend_on_how_tokens_are_batched(data, seed, passes):
 @trying(30)
 def test_estimates_do_not_depend_on_how_examples_are_batched(sizes, direction, sketch_size):
     config = LoRAGAArguments(
-        ga_estimator="sketch" if sketch_size else "exact", ga_sketch_size=sketch_size, ga_direction=direction
+        ga_learning_rate=1e-3,
+        ga_estimator="sketch" if sketch_size else "exact",
+        ga_sketch_size=sketch_size,
+        ga_direction=direction,
     )
 
     def factors(sizes):

@@ -62,7 +62,7 @@ def load(folder, dtype=torch.float32, auto=AutoModelForCausalLM, **kwargs):
 
 def name_after_attaching(model, **lora) -> str | None:
     peft_model = get_peft_model(model, lora_config(**{"target_modules": ["q_proj"], "task_type": None} | lora))
-    attach_lora_ga(peft_model, LoRAGAArguments())
+    attach_lora_ga(peft_model, LoRAGAArguments(ga_learning_rate=1e-3))
     return peft_model.peft_config["default"].base_model_name_or_path
 
 
@@ -233,7 +233,7 @@ class OwnLoop:
         self.out, self.model = out, get_peft_model(model, lora_config())
 
     def train(self):
-        initialize_lora_ga(self.model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+        initialize_lora_ga(self.model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
 
     def save_model(self):
         self.model.save_pretrained(self.out)

@@ -32,7 +32,7 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the extra `qua
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
-EXACT = LoRAGAArguments(ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 
 
 def dense_model(dtype: torch.dtype = torch.float32, num_layers: int = 2) -> LlamaForCausalLM:
@@ -168,7 +168,7 @@ def test_logits_stay_the_quantized_bases_bit_for_bit(folder, kind, dtype):
     load = LOADERS[kind]
     model, base = adapted(load(folder, dtype)), load(folder, dtype)
     before = stored(model)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     layers = model.lora_ga.weights
     assert len(layers) == 14
     halves = [half for weight in layers.values() for half in (weight.A, weight.B)]
@@ -238,7 +238,7 @@ def test_weight_svd_dequantizes_and_leaves_the_layer_as_it_was(folder, kind):
 @EVERY_KIND
 def test_training_and_a_restart(folder, kind):
     model = adapted(LOADERS[kind](folder, torch.float32))
-    before, batches, config = stored(model), tiny_batches(), LoRAGAArguments()
+    before, batches, config = stored(model), tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3)
     initialize_lora_ga(model, batches, config, disable_tqdm=True)
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
 
@@ -265,7 +265,7 @@ def test_prepared_for_kbit_training(folder, kind):
     load = LOADERS[kind]
     model = adapted(prepare_model_for_kbit_training(load(folder, torch.bfloat16)))
     base = prepare_model_for_kbit_training(load(folder, torch.bfloat16))
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     assert torch.equal(logits(model), logits(base))
     model(**tiny_batches()[0]).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -516,6 +516,6 @@ def test_weight_svd_is_refused_where_the_weight_cannot_be_had(peft_class):
     config = LoRAGAArguments(ga_scale="weight_svd")
     with pytest.raises(ValueError, match=r"weight_svd.*q_proj .*cannot be dequantized.*stable"):
         attach_lora_ga(model, config)
-    attach_lora_ga(model, LoRAGAArguments())
+    attach_lora_ga(model, LoRAGAArguments(ga_learning_rate=1e-3))
     with pytest.raises(ValueError, match="cannot be dequantized"):
         initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)

@@ -23,7 +23,7 @@ from lora_ga_trainer.gradient.objective import language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.trainers.restarts import check_schedule, restart_is_due, rewarm, rewarmed
 
-EXACT = LoRAGAArguments(ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 
 
@@ -152,13 +152,15 @@ def test_nothing_to_restart():
 @pytest.mark.parametrize("attached", [True, False])
 def test_a_restart_needs_the_offset(attached):
     model, _ = peft_pair()
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_offset=attached), disable_tqdm=True)
+    initialize_lora_ga(
+        model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=attached), disable_tqdm=True
+    )
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"`ga_offset` is {not attached}, was {attached} when.*or do not restart"):
         restart_lora_ga(
             model,
             tiny_batches(),
-            LoRAGAArguments(ga_offset=not attached),
+            LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=not attached),
             torch.optim.SGD(model.parameters(), lr=1.0),
         )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -267,7 +269,7 @@ def test_the_best_checkpoint_of_an_adapter_beside_another(
 
 
 def test_the_learning_rate_is_back_before_the_next_restart():
-    config = LoRAGAArguments(ga_restart_steps=4, ga_restart_warmup_steps=10)
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_restart_steps=4, ga_restart_warmup_steps=10)
     found = [rewarmed(step, lambda step: 1.0, config) for step in range(9)]
     assert found == [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25]
 
@@ -297,7 +299,7 @@ def test_a_second_call_of_train_restarts_as_the_first_did(run):
 
 
 def test_when_a_restart_is_due():
-    config = LoRAGAArguments(ga_restart_steps=3)
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_restart_steps=3)
     made, at = 0, []
     for step in range(10):
         if restart_is_due(config, step, made):
@@ -305,13 +307,15 @@ def test_when_a_restart_is_due():
             at.append(step)
     assert at == [3, 6, 9]
     assert not restart_is_due(config, 3, 1), "made before the checkpoint"
-    assert not any(restart_is_due(LoRAGAArguments(), step, 0) for step in range(10))
+    assert not any(restart_is_due(LoRAGAArguments(ga_learning_rate=1e-3), step, 0) for step in range(10))
 
 
 def test_a_schedule_that_looks_at_the_loss_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     with pytest.raises(ValueError, match="ReduceLROnPlateau does not allow. Use a `lr_scheduler_type` that depends"):
-        rewarm(get_scheduler("reduce_lr_on_plateau", optimizer), LoRAGAArguments(ga_restart_steps=3))
+        rewarm(
+            get_scheduler("reduce_lr_on_plateau", optimizer), LoRAGAArguments(ga_learning_rate=1e-3, ga_restart_steps=3)
+        )
 
 
 def test_a_schedule_that_is_not_the_trainers_is_refused(sft_config, tokenizer, prompt_completion):
@@ -322,9 +326,13 @@ def test_a_schedule_that_is_not_the_trainers_is_refused(sft_config, tokenizer, p
         LoRAGASFTTrainer(
             model, sft_config(**RESTARTS), train_dataset=prompt_completion, processing_class=tokenizer, optimizers=mine
         )
-    check_schedule(LoRAGAArguments(ga_restart_steps=3, ga_restart_warmup_steps=0), mine[1], launch_has_one=True)
+    check_schedule(
+        LoRAGAArguments(ga_learning_rate=1e-3, ga_restart_steps=3, ga_restart_warmup_steps=0),
+        mine[1],
+        launch_has_one=True,
+    )
     with pytest.raises(ValueError, match="comes from DeepSpeed's configuration"):
-        check_schedule(LoRAGAArguments(ga_restart_steps=3), None, launch_has_one=True)
+        check_schedule(LoRAGAArguments(ga_learning_rate=1e-3, ga_restart_steps=3), None, launch_has_one=True)
 
 
 def test_what_zero_cannot_reset_is_refused():
@@ -346,7 +354,7 @@ def test_restarts_with_offloaded_parameters(one_process_group, monkeypatch):
     """FSDP2's `fsdp_offload_params` keeps parameters on the host; the history is where the forward pass uses it. The device
     without memory stands in for the accelerator; nothing can be written from there, so what is written is not looked at."""
     model = get_peft_model(tiny_model(), lora_config())
-    adapter = attach_lora_ga(model, LoRAGAArguments())
+    adapter = attach_lora_ga(model, LoRAGAArguments(ga_learning_rate=1e-3))
     fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     accelerator = torch.device("meta")
     for module in (backends, weight_module):

@@ -18,7 +18,7 @@ from torch import nn
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
 from lora_ga_trainer.initialization import attach_lora_ga
 
-CONFIG = LoRAGAArguments(ga_estimator="exact")
+CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 # float32 logits of order 1 through two layers; PEFT's scaling can differ in the last place
 LOGITS_TOLERANCE = 1e-5

@@ -401,7 +401,9 @@ def test_batches_of_a_processor_are_moved_as_copies():
 
     model = get_peft_model(tiny_model(), lora_config())
     features = [BatchFeature(batch) for batch in batches]
-    initialize_lora_ga(model, features, LoRAGAArguments(ga_sketch_size=8), emptying, disable_tqdm=True)
+    initialize_lora_ga(
+        model, features, LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=8), emptying, disable_tqdm=True
+    )
     assert [set(batch) for batch in features] == [set(batch) for batch in batches]
 
 
@@ -482,7 +484,9 @@ def test_autocast_in_a_loop_of_ones_own(gradients, dtype):
         ):
             examples.append(Document(ids[: sum(mask)], labels[: sum(mask)]))
     model = get_peft_model(tiny_model().eval(), lora_config())
-    initialize_lora_ga(model, batches, LoRAGAArguments(ga_estimator="exact"), loss, disable_tqdm=True)
+    initialize_lora_ga(
+        model, batches, LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact"), loss, disable_tqdm=True
+    )
     assert_as_close_as_autograds(gradients, dtype, examples)
 
 

@@ -24,7 +24,9 @@ model = get_peft_model(copy.deepcopy(base), lora)
 tokens = torch.randint(0, 50, (8, 12))
 batches = [{"input_ids": ids, "labels": ids} for ids in tokens.split(4)]
 
-report = lora_ga_trainer.initialize_lora_ga(model, batches, lora_ga_trainer.LoRAGAArguments(), disable_tqdm=True)
+report = lora_ga_trainer.initialize_lora_ga(
+    model, batches, lora_ga_trainer.LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True
+)
 if not (all(0 < value <= 1.001 for value in report.alignment.values()) and len(report.alignment) == 7):
     sys.exit(f"error: 7 layers should be aligned, found {report.alignment}")
 if not torch.equal(model(input_ids=tokens).logits, base(input_ids=tokens).logits):

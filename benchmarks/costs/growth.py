@@ -15,7 +15,7 @@ from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.distributed.backends import gather_objects, rank, world_size
 from lora_ga_trainer.gradient.estimation import Accumulator, make_accumulator
 
-OPTIONS = LoRAGAArguments()
+OPTIONS = LoRAGAArguments(ga_learning_rate=1e-3)
 
 
 @dataclass(frozen=True)

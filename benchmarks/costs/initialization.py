@@ -25,11 +25,11 @@ RANK = 8
 HALVED = "ours, 2 passes, half batches"
 """What the trainer does unless told otherwise: `ga_batch_size` is half of the training batch."""
 OURS = {
-    "ours, 1 pass": LoRAGAArguments(ga_sketch_passes=1),
-    "ours, 2 passes": LoRAGAArguments(),
-    "ours, 3 passes": LoRAGAArguments(ga_sketch_passes=3),
-    HALVED: LoRAGAArguments(),
-    "ours, exact": LoRAGAArguments(ga_estimator="exact"),
+    "ours, 1 pass": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1),
+    "ours, 2 passes": LoRAGAArguments(ga_learning_rate=1e-3),
+    "ours, 3 passes": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=3),
+    HALVED: LoRAGAArguments(ga_learning_rate=1e-3),
+    "ours, exact": LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact"),
 }
 PEFTS = "PEFT preprocess_loraga"
 

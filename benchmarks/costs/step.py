@@ -37,7 +37,7 @@ class Training:
         (rank,) = args.ranks
         self.model = get_peft_model(base, lora_config(rank, rank_pattern=largest_ranks(base, rank))).train()
         if variant == "LoRA-GA":
-            config = LoRAGAArguments(ga_sketch_passes=1)
+            config = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1)
             initialize_lora_ga(self.model, [self.batch], config, disable_tqdm=True)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.device = torch.device(args.device)

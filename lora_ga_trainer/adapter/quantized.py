@@ -50,5 +50,5 @@ def check_scale(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> N
         if is_quantized(weight.layer.get_base_layer()) and kind not in DEQUANTIZABLE:
             raise ValueError(
                 f'`ga_scale="weight_svd"` needs the singular values of the weights, but that of {name} ({kind}) cannot be '
-                'dequantized. Use "stable", which does not look at it.'
+                'dequantized. Use "matched", which does not look at it.'
             )

@@ -23,8 +23,8 @@ from lora_ga_trainer.checkpoint.adapter_files import adapter_state_dict
 from lora_ga_trainer.gradient.memory import peak_memory
 from lora_ga_trainer.gradient.objective import language_model_loss
 
-EXACT = LoRAGAArguments(ga_estimator="exact")
-SKETCH = LoRAGAArguments(ga_estimator="sketch", ga_sketch_size=10)
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
+SKETCH = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="sketch", ga_sketch_size=10)
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 
 

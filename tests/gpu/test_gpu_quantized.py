@@ -38,7 +38,7 @@ def test_logits_at_init_are_the_quantized_bases_bit_for_bit(device, quantized_te
     model = quantized_tests.adapted(loaded(quantized_tests, folder, dtype, device))
     base = loaded(quantized_tests, folder, dtype, device)
     before = quantized_tests.stored(model)
-    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     assert all(layer.B.frozen.any() for layer in model.lora_ga.weights.values())
     with torch.no_grad():
         assert torch.equal(model.train()(inputs).logits, base.train()(inputs).logits)
@@ -63,7 +63,7 @@ def test_it_learns(device, quantized_tests, folder):
     quantized = prepare_model_for_kbit_training(loaded(quantized_tests, folder, torch.bfloat16, device))
     model = get_peft_model(quantized, lora_config(r=2, target_modules=quantized_tests.TARGETS))
     batch = {name: value.to(device) for name, value in tiny_batches()[0].items()}
-    initialize_lora_ga(model, [batch], LoRAGAArguments(), disable_tqdm=True)
+    initialize_lora_ga(model, [batch], LoRAGAArguments(ga_learning_rate=1e-3), disable_tqdm=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
