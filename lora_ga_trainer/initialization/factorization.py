@@ -44,14 +44,15 @@ def write_all_factors(
     numbers = {}
     for name, weight in adapter.weights.items():
         R, O, I, device = weight.rank, weight.out_features, weight.in_features, weight.device
-        flat = torch.empty(R * I + O * R + 2 * R + 2, device=device, dtype=torch.float32)
+        flat = torch.zeros(R * I + O * R + 2 * R + 2, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
             alignment_and_norm = torch.tensor(
                 [factors.alignment, factors.gradient_norm], device=device, dtype=torch.float32
             )
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, alignment_and_norm]
-            torch.cat(parts, out=flat)
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), alignment_and_norm, factors.singular_values_K]
+            found_numbers = torch.cat(parts)
+            flat[: len(found_numbers)] = found_numbers
         broadcast(flat, source=owners[name])
         a, b, of_report = flat.split([R * I, O * R, 2 * R + 2])
         if adapter.is_initialized:
@@ -60,8 +61,9 @@ def write_all_factors(
         numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
     for name, of_report in numbers.items():
-        *singular_values, layer_alignment, gradient_norm = of_report.tolist()
-        reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm)
+        layer_alignment, gradient_norm, *singular_values = of_report.tolist()
+        pairs = [value for value in singular_values if value]  # 2R, or as many as there are
+        reports[name] = LayerReport(layer_alignment, pairs, gradient_norm)
     return reports
 
 
