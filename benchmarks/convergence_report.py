@@ -3,7 +3,8 @@
     python benchmarks/convergence_report.py benchmarks/sweeps/cpu.yaml
 
 For each task: the loss of every method at its own best learning rate, at the learning rates that people use, and how wide the
-range of rates is that come within 5 % and 25 % of the best. The plots go to `plots/convergence_*.png`, or under the name that the sweep gives them (needs the extra `plot`).
+range of rates is that come within 5 % and 25 % of the best. The plots go to `plots/`
+(needs the extra `plot`).
 """
 
 from argparse import ArgumentParser

@@ -1,6 +1,9 @@
 """From the singular triplets of a gradient to the LoRA factors A0, B0. Pure functions; imports only torch.
 
-Shapes: O out features, I in features, R LoRA rank, K number of triplets (K >= 2R).
+A gradient may have fewer than 2R singular pairs: no row of the sample reached the weight, or fewer than 2R tokens did, or it
+has fewer dimensions than that. The factors take what there is; see `lora_ga_factors`.
+
+Shapes: O out features, I in features, R LoRA rank, K number of triplets.
 """
 
 import math
@@ -30,7 +33,9 @@ class Factors(NamedTuple):
     a_RI: Tensor
     b_OR: Tensor
     alignment: float
+    """0 for a gradient of zero, along which nothing can point."""
     singular_values_K: Tensor
+    """Of the pairs that the factors could take: 2R, or as many as there are."""
     gradient_norm: float
     scale: float
     """c_A."""
@@ -57,21 +62,21 @@ class UnitVectors(NamedTuple):
     columns_OR: Tensor
 
 
-def _first_then_second(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, range(rank), range(rank, 2 * rank))
+def _first_then_second(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
+    return _picked(triplets, range(rank), range(rank, 2 * rank), generator)
 
 
-def _second_then_first(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, range(rank, 2 * rank), range(rank))
+def _second_then_first(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
+    return _picked(triplets, range(rank, 2 * rank), range(rank), generator)
 
 
-def _alternating(triplets: SingularTriplets, rank: int, _: torch.Generator) -> UnitVectors:
-    return _picked(triplets, range(1, 2 * rank, 2), range(0, 2 * rank, 2))
+def _alternating(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
+    return _picked(triplets, range(1, 2 * rank, 2), range(0, 2 * rank, 2), generator)
 
 
 def _random_disjoint(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
     order = torch.randperm(2 * rank, generator=generator, device="cpu").tolist()
-    return _picked(triplets, order[:rank], order[rank:])
+    return _picked(triplets, order[:rank], order[rank:], generator)
 
 
 def _gaussian(triplets: SingularTriplets, rank: int, generator: torch.Generator) -> UnitVectors:
@@ -81,12 +86,31 @@ def _gaussian(triplets: SingularTriplets, rank: int, generator: torch.Generator)
     return UnitVectors(rows_RI.to(device), columns_OR.to(device))
 
 
-def _picked(triplets: SingularTriplets, picks_A: Sequence[int], picks_B: Sequence[int]) -> UnitVectors:
-    return UnitVectors(_columns(triplets.v_IK, picks_A).T, _columns(triplets.u_OK, picks_B))
+def _picked(
+    triplets: SingularTriplets, picks_A: Sequence[int], picks_B: Sequence[int], generator: torch.Generator
+) -> UnitVectors:
+    """Of the picks that are no pairs of the gradient A gets random rows, orthonormal to its others, and B zeros."""
+    rows_RI = _columns(triplets.v_IK, picks_A).T
+    missing_R = torch.tensor(picks_A) >= len(triplets.s_K)
+    return UnitVectors(_filled(rows_RI, missing_R, generator), _columns(triplets.u_OK, picks_B))
 
 
-def _columns(matrix: Tensor, picks: Sequence[int]) -> Tensor:
-    return matrix[:, torch.tensor(picks, dtype=torch.long, device=matrix.device)]
+def _columns(matrix_NK: Tensor, picks: Sequence[int]) -> Tensor:
+    """Zeros for a pick that is not among the K."""
+    padded = torch.nn.functional.pad(matrix_NK, (0, max(0, max(picks) + 1 - matrix_NK.shape[1])))
+    return padded[:, torch.tensor(picks, dtype=torch.long, device=matrix_NK.device)]
+
+
+def _filled(rows_RI: Tensor, missing_R: Tensor, generator: torch.Generator) -> Tensor:
+    """The rows with random ones in place of the `missing_R`, so that all are orthonormal; zeros remain of those beyond I."""
+    if not missing_R.any():
+        return rows_RI
+    (R, I), device = rows_RI.shape, rows_RI.device
+    present_RI = rows_RI[(~missing_R).to(device)]
+    drawn_IR = torch.randn(I, R, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    basis = torch.linalg.qr(torch.cat([present_RI.T, drawn_IR], dim=1)).Q[:, len(present_RI) :].T
+    places = missing_R.nonzero()[:, 0][: len(basis)].to(device)
+    return rows_RI.index_copy(0, places, basis[: len(places)])
 
 
 DIRECTIONS: dict[str, Callable[[SingularTriplets, int, torch.Generator], UnitVectors]] = {
@@ -99,7 +123,7 @@ DIRECTIONS: dict[str, Callable[[SingularTriplets, int, torch.Generator], UnitVec
 """Which of the first 2r singular vectors go to A (right vectors) and to B (left vectors); paper section 3.2, eq. 8.
 
 Any split of the first 2r into two disjoint halves gives the best rank-2r first step; they differ in later ones. `gaussian`
-is the paper's ablation without the gradient: random vectors of unit length in the mean.
+is the paper's ablation without the gradient: random vectors of unit length in the mean, however many pairs there are.
 """
 assert tuple(DIRECTIONS) == get_args(Direction)
 
@@ -228,14 +252,27 @@ def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:
         ‖step‖²   = ⟨B0ᵀB0, P Pᵀ⟩ + ⟨A0 A0ᵀ, Q Qᵀ⟩ + 2 tr(A0 V Pᵀ B0ᵀ U Qᵀ)
 
     The triplets stand for G here, but for its norm. That is exact for factors that are singular vectors among them, since the
-    step then has no part in the others; for `gaussian` it leaves out what the random vectors catch of the others.
+    step then has no part in the others; for `gaussian` it leaves out what the random vectors catch of the others. 0 where
+    there is no gradient, or no step.
     """
     bu_RK, av_RK = b_OR.T @ triplets.u_OK, a_RI @ triplets.v_IK
     p_RK, q_RK = bu_RK * triplets.s_K, av_RK * triplets.s_K
     along = p_RK.square().sum() + q_RK.square().sum()
     squared_norm = ((b_OR.T @ b_OR) * (p_RK @ p_RK.T)).sum() + ((a_RI @ a_RI.T) * (q_RK @ q_RK.T)).sum()
     squared_norm = squared_norm + 2 * torch.trace(av_RK @ p_RK.T @ bu_RK @ q_RK.T)
-    return (along / (squared_norm.sqrt() * triplets.gradient_norm)).item()
+    norms = squared_norm.sqrt().item() * triplets.gradient_norm
+    return along.item() / norms if norms else 0.0
+
+
+def significant(triplets: SingularTriplets) -> SingularTriplets:
+    """The triplets that are more than rounding: σ above √max(O, I) · 2⁻²³ · σ₁, as errors of sums of that many numbers grow.
+
+    None for a gradient of zero.
+    """
+    (O, _), (I, _) = triplets.u_OK.shape, triplets.v_IK.shape
+    rounding = math.sqrt(max(O, I)) * torch.finfo(torch.float32).eps
+    K = int((triplets.s_K > rounding * triplets.s_K.max()).sum())
+    return SingularTriplets(triplets.u_OK[:, :K], triplets.s_K[:K], triplets.v_IK[:, :K], triplets.gradient_norm)
 
 
 def lora_ga_factors(
@@ -244,11 +281,14 @@ def lora_ga_factors(
     """A0 = c_A·V[:, a]ᵀ (R×I) and B0 = c_B·U[:, b] (O×R); paper section 3.2, eq. 8 and section 3.3.
 
     No singular value enters, so multiplying the loss by a constant changes nothing. The columns a, b are those of
-    `direction`.
+    `direction`. Where there are fewer than 2R significant pairs, what is lacking is in A0 random rows, c_A times orthonormal
+    to its others (zeros beyond I), and in B0 zeros. With no pair at all that is LoRA's own start, at LoRA-GA's scale.
 
     Args:
-        generator: a CPU generator, drawn from by the directions `random` and `gaussian` only.
+        triplets: the first 2R, or as many as there are.
+        generator: a CPU generator, drawn from by the directions `random` and `gaussian`, and for rows that are lacking.
     """
+    triplets = significant(triplets)
     rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
     a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
     return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm, scales.c_A)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+NAMED = 3
+"""Idle layers that the summary names; all are in `InitReport.idle`."""
+
 
 class LayerReport(NamedTuple):
     """What the initialization found in one layer; see `InitReport`."""
@@ -19,7 +22,7 @@ class InitReport:
 
     Attributes:
         alignment: for each adapted layer by module name, cos(G, B0 B0ᵀ G + G A0ᵀ A0) in [0, 1]: how much of the gradient
-            the first step of the adapter can follow. With the sketch, ‖G‖ in it is an estimate.
+            the first step of the adapter can follow. With the sketch, ‖G‖ in it is an estimate. Idle layers are not in it.
         num_items: what the gradient was averaged over: label tokens, labels of examples, or rows of batches without labels
             (two for each pair of DPO and of reward models).
         seconds: wall time of the estimation and factorization.
@@ -27,10 +30,12 @@ class InitReport:
             measured.
         all_reduced_bytes: for each pass, the bytes that every process put into the all-reduce of the gradients' sums;
             zeros when there was one process.
-        singular_values: for each adapted layer the 2·r leading singular values of G, the gradient of the mean loss per label
-            token, descending. Empty if it comes from a file older than this field; `gradient_norm` likewise.
-        gradient_norm: for each adapted layer ‖G‖, what lies beyond the 2·r included; with the sketch an estimate.
+        singular_values: for each layer of `alignment` the 2·r leading singular values of G, the gradient of the mean loss per
+            label token, descending; fewer where G has fewer that are more than rounding, which makes the layer a thin one.
+            Empty if it comes from a file older than this field; `gradient_norm` likewise.
+        gradient_norm: for each layer of `alignment` ‖G‖, what lies beyond the 2·r included; with the sketch an estimate.
         scale: for each adapted layer c, the length of the rows of A0. Empty if it comes from a file older than this field.
+        idle: the layers that no row of the sample gives a gradient. They start as in LoRA: A0 random, B0 zero.
     """
 
     alignment: dict[str, float]
@@ -41,6 +46,7 @@ class InitReport:
     singular_values: dict[str, list[float]] = field(default_factory=dict)
     gradient_norm: dict[str, float] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
 
     @property
     def alignment_mean(self) -> float:
@@ -65,20 +71,30 @@ class InitReport:
             f"LoRA-GA initialized {len(self.alignment)} layers from the gradient over {self.num_items:,} items",
             f"  time       {self.seconds:,.1f} s",
             f"  memory     {memory}",
-            f"  scale      c from {min(self.scale.values()):.3g} to {max(self.scale.values()):.3g}",
             f"  alignment  mean {self.alignment_mean:.3f}, min {self.alignment_min:.3f} in {self.alignment_min_layer}",
         ]
         if any(self.all_reduced_bytes):
             mebibytes = ", ".join(f"{count / 2**20:,.2f}" for count in self.all_reduced_bytes)
             passes = f"passes 1 to {len(self.all_reduced_bytes)}" if len(self.all_reduced_bytes) > 1 else "its one pass"
             lines.insert(3, f"  network    {mebibytes} MiB per process all-reduced in {passes}")
+        if self.scale:
+            lines.append(f"  scale      c from {min(self.scale.values()):.3g} to {max(self.scale.values()):.3g}")
+        if self.idle:
+            more = f" and {len(self.idle) - NAMED} more" if len(self.idle) > NAMED else ""
+            lines.append(f"  idle       {self.idle_note()}: {', '.join(self.idle[:NAMED])}{more}")
         return "\n".join(lines)
+
+    def idle_note(self) -> str:
+        """How many layers had no gradient, in words."""
+        layers = len(self.alignment) + len(self.idle)
+        return f"{len(self.idle)} of {layers} layers got no gradient from the sample and start as in LoRA"
 
     def metrics(self) -> dict[str, float]:
         """The same for a logger."""
         metrics = {
             "ga/alignment_mean": self.alignment_mean,
             "ga/alignment_min": self.alignment_min,
+            "ga/idle_weights": len(self.idle),
             "ga/init_seconds": self.seconds,
         }
         if self.extra_peak_bytes is not None:

@@ -22,7 +22,8 @@ def scale(name, *, out_features, rank, scaling, gamma, weight_OI):
         return 1 / scaling
     if name == "weight_svd":
         sigma = torch.linalg.svdvals(weight_OI.double())
-        return sum(math.sqrt(sigma[i] / scaling) for i in range(rank)) / rank
+        found = min(rank, len(sigma))
+        return sum(math.sqrt(sigma[i] / scaling) for i in range(found)) / found
     raise KeyError(name)
 
 
@@ -47,6 +48,38 @@ def factors(grad_OI, rank, direction, c):
     a = torch.stack([c * v[:, i] for i in a_columns])
     b = torch.stack([c * u[:, i] for i in b_columns], dim=1)
     return a, b
+
+
+def pairs(grad_OI):
+    """How many singular pairs a float32 gradient really has."""
+    return int(torch.linalg.matrix_rank(grad_OI.double(), rtol=1e-5))
+
+
+def is_the_papers_as_far_as_it_goes(grad_OI, rank, direction, c, a_RI, b_OR, tolerance):
+    """Whether A0 and B0 take the singular pairs that there are, each up to its sign, and where there are no more A0 has
+    c times orthonormal rows, as many as fit beside the others, and B0 zeros. For the deterministic directions."""
+    u, _, v = singular_vectors(grad_OI)
+    found, a, b = pairs(grad_OI), a_RI.double() / c, b_OR.double() / c
+    a_columns, b_columns = {
+        "ArB2r": (range(rank), range(rank, 2 * rank)),
+        "A2rBr": (range(rank, 2 * rank), range(rank)),
+        "ArBr": (range(1, 2 * rank, 2), range(0, 2 * rank, 2)),
+    }[direction]
+    problems = []
+    for row, i in enumerate(a_columns):
+        if i < found and abs(abs(a[row] @ v[:, i]) - 1) > tolerance:
+            problems.append(f"row {row} of A0 is not singular vector {i}")
+    for column, i in enumerate(b_columns):
+        if i < found and abs(abs(b[:, column] @ u[:, i]) - 1) > tolerance:
+            problems.append(f"column {column} of B0 is not singular vector {i}")
+        if i >= found and b[:, column].any():
+            problems.append(f"column {column} of B0 is not zero")
+    there = a[a.any(dim=1)]
+    if len(there) != min(rank, a.shape[1]):
+        problems.append(f"A0 has {len(there)} rows that are not zero")
+    if (there @ there.T - torch.eye(len(there), dtype=torch.float64)).abs().max() > tolerance:
+        problems.append("the rows of A0 are not orthonormal")
+    return not problems, problems
 
 
 def alignment(grad_OI, a_RI, b_OR):

@@ -257,10 +257,6 @@ def a05_a_dictionary(world):
     world.trainer(lora={"r": 8})
 
 
-def a06_a_rank_too_large(world):
-    world.trainer(lora=lora_config(r=64))
-
-
 def a07_a_rank_of_zero(world):
     world.trainer(lora=lora_config(r=0))
 
@@ -398,10 +394,12 @@ def m10_options_of_another_kind(world):
     initialize_lora_ga(world.peft_model(), tiny_batches(), SFTConfig(str(world.out), bf16=False), **QUIET)
 
 
-def m11_a_layer_that_the_forward_pass_does_not_run(world):
+def m11_next_to_no_layer_that_the_forward_pass_runs(world):
     model = tiny_model()
-    model.model.layers[0].spare = nn.Linear(48, 48)
-    world.trainer(model=world.watch(model), lora=lora_config(target_modules=["q_proj", "spare"])).train()
+    model.spare = nn.ModuleList(nn.Linear(48, 48) for _ in range(20))
+    world.trainer(
+        model=world.watch(model), lora=lora_config(target_modules=r".*(0\.self_attn\.q_proj|spare\.\d+)")
+    ).train()
 
 
 def m12_no_layer_that_the_forward_pass_runs(world):

@@ -275,20 +275,6 @@ def test_torch_compile_takes_a_layer_whole(offset):
     assert torch.allclose(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-def test_rank_too_large_names_the_layer_and_the_remedy():
-    model, _ = peft_pair(r=13)  # k_proj and v_proj are 24×48
-    with pytest.raises(
-        ValueError, match=r"rank 13 is too large for .*k_proj \(24×48\).*r can be 12 at most.*rank_pattern"
-    ):
-        check_targets(lora_layers(model, "default"), "default")
-
-
-def test_the_largest_rank_works():
-    model, _ = peft_pair(r=12)
-    check_targets(lora_layers(model, "default"), "default")
-    assert len(lora_layers(model, "default")) == 14
-
-
 def test_a_trained_adapter_is_refused():
     model, _ = peft_pair()
     layer = model.base_model.model.model.layers[1].mlp.down_proj

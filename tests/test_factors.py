@@ -129,3 +129,56 @@ def test_gaussian_ablation_has_the_papers_variances(scale):
     assert found.alignment == pytest.approx(dense_reference.alignment(grad_OI, found.a_RI, found.b_OR), rel=1e-4)
     again = lora_ga_factors(triplets(grad_OI, k=I), R, "gaussian", scales, torch.Generator().manual_seed(3))
     assert torch.equal(again.a_RI, found.a_RI) and torch.equal(again.b_OR, found.b_OR)
+
+
+THIN = {  # O, I, rank of G
+    "one output": (1, 20, 1),
+    "one input": (20, 1, 1),
+    "under r inputs": (40, 2, 2),
+    "under 2r inputs": (40, 5, 5),
+    "under 2r outputs": (5, 40, 5),
+    "few tokens": (40, 28, 2),
+    "no token": (40, 28, 0),
+    "no token, under r inputs": (40, 2, 0),
+}
+
+
+def thin_gradient(name):
+    O, I, found = THIN[name]
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(O, found, generator=generator) @ torch.randn(found, I, generator=generator)
+
+
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+@pytest.mark.parametrize("name", list(THIN))
+def test_a_gradient_of_few_singular_pairs_gives_what_it_has(name, direction):
+    """What is lacking is orthonormal rows in A0 and zeros in B0."""
+    grad_OI, scales = thin_gradient(name), Scales(0.5, 0.5)
+    found = lora_ga_factors(triplets(grad_OI), RANK, direction, scales, torch.Generator().manual_seed(5))
+    assert found.a_RI.shape == (RANK, grad_OI.shape[1]) and found.b_OR.shape == (grad_OI.shape[0], RANK)
+    good, problems = dense_reference.is_the_papers_as_far_as_it_goes(
+        grad_OI, RANK, direction, 0.5, found.a_RI, found.b_OR, VECTOR_TOLERANCE
+    )
+    assert good, problems
+    assert len(found.singular_values_K) == THIN[name][2]
+    if THIN[name][2]:
+        reference = dense_reference.alignment(grad_OI, found.a_RI, found.b_OR)
+        assert found.alignment == pytest.approx(reference, rel=1e-5)  # float32 against float64 in a cosine of order 1
+    else:
+        assert found.alignment == 0
+    again = lora_ga_factors(triplets(grad_OI), RANK, direction, scales, torch.Generator().manual_seed(5))
+    assert torch.equal(found.a_RI, again.a_RI), "the rows that are filled in follow the generator's seed"
+
+
+@pytest.mark.parametrize("name", list(THIN))
+def test_the_random_directions_of_few_singular_pairs(name):
+    """`random` deals out the pairs that there are, `gaussian` asks for none."""
+    grad_OI, (_, I, pairs) = thin_gradient(name), THIN[name]
+    found = lora_ga_factors(triplets(grad_OI), RANK, "random", Scales(1.0, 1.0), torch.Generator().manual_seed(5))
+    u, _, v = dense_reference.singular_vectors(grad_OI)
+    in_a = ((found.a_RI.double() @ v[:, :pairs]).abs() > 1 - VECTOR_TOLERANCE).sum()
+    in_b = ((u[:, :pairs].T @ found.b_OR.double()).abs() > 1 - VECTOR_TOLERANCE).sum()
+    assert found.b_OR.any(dim=0).sum() == in_b
+    assert pairs == in_a + in_b or I <= RANK, "an A0 of all I dimensions may have them in any case"
+    found = lora_ga_factors(triplets(grad_OI), RANK, "gaussian", Scales(1.0, 1.0), torch.Generator().manual_seed(5))
+    assert found.a_RI.any(dim=1).all() and found.b_OR.any(dim=0).all()

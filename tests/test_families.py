@@ -4,6 +4,7 @@ All are tiny random models of transformers' own classes. Where "all-linear" work
 """
 
 import copy
+import re
 
 import dense_reference
 import pytest
@@ -145,9 +146,6 @@ FAMILIES = {  # a configuration, and what is targeted
         "all-linear",
     ),
 }  # fmt: skip
-TOO_NARROW = {"qwen2_moe": ["shared_expert_gate"]}
-"""A layer with one output has no 2·r singular vectors."""
-
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
@@ -158,7 +156,6 @@ def pair(family, target_modules=None, dtype=torch.float32, **lora):
     config = lora_config(
         r=2,
         target_modules=target_modules or targets,
-        exclude_modules=TOO_NARROW.get(family),
         task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
         **lora,
     )
@@ -178,7 +175,12 @@ def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
     assert torch.equal(logits(model), logits(base))
     layers = model.lora_ga.weights
     assert report.alignment.keys() == layers.keys()
-    assert all(layer.A.frozen.any() and layer.B.frozen.any() for layer in layers.values())
+    for (
+        name,
+        layer,
+    ) in layers.items():  # A takes the first r pairs; few tokens reach some experts, and gates have one output
+        assert layer.A.frozen.any(dim=1).all(), name
+        assert layer.B.frozen.any() == (len(report.singular_values[name]) > layer.rank), name
     if FAMILIES[family][1] == "all-linear":  # really all of them, but the head
         linear = [
             name
@@ -186,7 +188,7 @@ def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         ]
         left_out = {name for name in linear if f"base_model.model.{name}" not in layers}
-        assert {name.split(".")[-1] for name in left_out} == {"lm_head", *TOO_NARROW.get(family, [])}
+        assert {name.split(".")[-1] for name in left_out} == {"lm_head"}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
@@ -256,40 +258,40 @@ def test_they_are_refused_when_the_trainer_is_made(sft_config, prompt_completion
         )
 
 
-@pytest.mark.parametrize(
-    ("config", "lora", "message"),
-    [
-        # its weight is read as a bare one, so in PEFT a LoRA on it does nothing at all
-        (
-            FAMILIES["mamba"][0](),
-            {"target_modules": ["in_proj", "dt_proj"]},
-            r"2 of 4 target layers get no gradient .*layers.0.mixer.dt_proj.*exclude_modules",
-        ),
-        (IDLE_EXPERTS, {}, r"target layers get no gradient .*experts.expert_\d+\.w[io].*more samples"),
-        # a router that also says which experts: PEFT itself could not run a LoRA on it
-        (LLAMA4, {}, r"layers.1.feed_forward.router: its forward returns a tuple .*exclude_modules=\['router'\]"),
-        (
-            FAMILIES["qwen2_moe"][0](),
-            {},
-            r"rank 2 is too large for .*shared_expert_gate \(1×24\).* r can be 0 at most. "
-            r"Exclude it: `exclude_modules=\['shared_expert_gate'\]`",
-        ),
-    ],
-    ids=["mamba", "idle experts", "llama4", "one output"],
-)
-def test_what_has_no_gradient_of_its_own_is_named(config, lora, message):
-    """… and the model still computes the base function, and takes another adapter."""
-    base = random_model(config).eval()
-    lora = lora_config(r=2, task_type=None, **lora)
-    model = get_peft_model(copy.deepcopy(base), lora)
-    with pytest.raises(ValueError, match=message):
+def test_a_router_that_also_says_which_experts_is_refused():
+    """PEFT itself could not run a LoRA on it. The model still computes the base function, and takes another adapter."""
+    base = random_model(LLAMA4).eval()
+    model = get_peft_model(copy.deepcopy(base), lora_config(r=2, task_type=None))
+    with pytest.raises(
+        ValueError, match=r"layers.1.feed_forward.router: its forward returns a tuple .*exclude_modules=\['router'\]"
+    ):
         initialize_lora_ga(model, tiny_batches((2,)), CONFIG, disable_tqdm=True)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
-    refused = ["dt_proj", "experts", "router", "shared_expert_gate"]
-    other = lora_config(
-        r=2, task_type=None, target_modules=lora.target_modules, exclude_modules=rf".*({'|'.join(refused)}).*"
-    )
-    again = get_peft_model(model.unload(), other)
+    again = get_peft_model(model.unload(), lora_config(r=2, task_type=None, exclude_modules=["router"]))
     initialize_lora_ga(again, tiny_batches((2,)), CONFIG, disable_tqdm=True)
     assert torch.equal(logits(again), logits(base))
+
+
+# --- what some rows do not reach ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "idle"),
+    [
+        # its weight is read as a bare one, so in PEFT a LoRA on it does nothing at all
+        (FAMILIES["mamba"][0](), {"target_modules": ["in_proj", "dt_proj"]}, r"layers\.\d\.mixer\.dt_proj"),
+        (IDLE_EXPERTS, {}, r"experts\.expert_\d+\.w[io]"),
+    ],
+    ids=["mamba", "idle experts"],
+)
+def test_what_no_row_gives_a_gradient_starts_as_in_lora(config, lora, idle):
+    base = random_model(config).eval()
+    model = get_peft_model(copy.deepcopy(base), lora_config(r=2, task_type=None, **lora))
+    report = initialize_lora_ga(model, tiny_batches((2,)), CONFIG, disable_tqdm=True)
+    assert torch.equal(logits(model), logits(base))
+    assert report.idle and all(re.search(idle, name) for name in report.idle)
+    assert report.alignment.keys() | set(report.idle) == model.lora_ga.weights.keys()
+    for name in report.idle:
+        weight = model.lora_ga.weights[name]
+        assert weight.A.frozen.any(dim=1).all() and not weight.B.frozen.any()

@@ -400,7 +400,6 @@ def test_a_wrong_launch_ends_in_one_clear_error(tmp_path):
         (["--no_such_option", "1"], "no_such_option"),
         (["--evaluation_limit", "0"], "`evaluation_limit` is 0, but must be at least 1"),
         (["--evaluate", "--evaluation_file", "x.jsonl"], "There is no file x.jsonl"),
-        (["--r", "30"], "rank 30 is too large for"),
     ],
 )
 def test_wrong_arguments(arguments, message, tmp_path):

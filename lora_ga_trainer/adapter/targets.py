@@ -20,8 +20,8 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Refuse layers that cannot take the delta form.
 
     Raises:
-        ValueError: the adapter targets nothing, targets a layer that is not linear, has a rank over half of the smaller
-            side of a layer, is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
+        ValueError: the adapter targets nothing, targets a layer that is not linear, is sharded or offloaded, is not
+            trainable, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -57,15 +57,6 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             f"The adapter {adapter_name!r} of {name} has no memory, because the layer's weight is offloaded to the CPU or to "
             "disk by its `device_map`, and PEFT cannot train an adapter there. Load the model with a `device_map` that keeps "
             "the target layers on devices, quantize it, or offload with DeepSpeed (accelerate_configs/zero3_offload.yaml)."
-        )
-    rank, largest = layer.r[adapter_name], min(layer.out_features, layer.in_features) // 2
-    if rank > largest:
-        leaf = name.split(".")[-1]
-        smaller = f"Lower `r`, or set `rank_pattern={{{leaf!r}: {largest}}}` for this layer, or exclude it"
-        raise ValueError(
-            f"The rank {rank} is too large for {name} ({layer.out_features}×{layer.in_features}): LoRA-GA takes 2·r "
-            f"singular vectors of its gradient, so r can be {largest} at most. "
-            f"{smaller if largest else 'Exclude it'}: `exclude_modules=[{leaf!r}]`."
         )
     if not layer.lora_B[adapter_name].weight.requires_grad:
         raise ValueError(

@@ -157,6 +157,8 @@ def settings(state: LoRAGAState) -> dict[str, str]:
             f"mean {report.alignment_mean:.3f}, minimum {report.alignment_min:.3f} in `{report.alignment_min_layer}`, over "
             f"{len(report.alignment)} layers"
         )
+        if report.idle:
+            found["layers without a gradient"] = report.idle_note()
     if state.restarts:
         found["restarts from a fresh gradient"] = str(len(state.restarts))
     return found

@@ -23,21 +23,25 @@ IN_A_MESSAGE = 10
 SKETCH_OVERSAMPLING = 32
 """K − 2r. Real gradients have slowly falling spectra: with 32 spare directions 2 passes reach 0.999 of the exact alignment in
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
+SMALLEST_SHARE = 0.1
+"""Of the targets, how many must get a gradient. A model of pictures, sound and text that is trained on text alone leaves idle
+two towers and more (the picture tower of PaliGemma has 56 % of its linear layers); where fewer than one target in ten gets a
+gradient the loss, the sample or the targets are wrong."""
 
 
 def sketch_width(weight: AdaptedWeight, config: LoRAGAArguments) -> int:
     """K for one weight: `ga_sketch_size` or 2·r + 32, and no more than it has dimensions.
 
     Raises:
-        ValueError: K is under 2·r.
+        ValueError: `ga_sketch_size` is under 2·r.
     """
-    width = min(config.ga_sketch_size or 2 * weight.rank + SKETCH_OVERSAMPLING, weight.out_features, weight.in_features)
+    width = config.ga_sketch_size or 2 * weight.rank + SKETCH_OVERSAMPLING
     if width < 2 * weight.rank:
         raise ValueError(
             f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * weight.rank} for "
             f"{weight.name}: LoRA-GA takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 32."
         )
-    return width
+    return min(width, weight.out_features, weight.in_features)
 
 
 def make_accumulator(weight: AdaptedWeight, config: LoRAGAArguments) -> Accumulator:
@@ -70,7 +74,8 @@ def estimate_gradients(
         for each pass, the bytes that this process put into the all-reduce of its sums.
 
     Raises:
-        ValueError: on all processes, if the loss of one is not finite, or a weight gets no finite, non-zero gradient.
+        ValueError: on all processes, if the loss of one is not finite, or a weight's gradient is not, or so few weights get
+            one that the sample, the loss or the targets must be wrong.
     """
     passes = max(accumulator.passes for accumulator in accumulators.values())
     bytes_of_passes = []
@@ -114,20 +119,25 @@ def whole_list(names: list[str]) -> str:
 
 
 def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
-    """A layer that would be left at vanilla LoRA, or worse, is an error that names it; never a silent fallback."""
+    """Refuse what training could not start from. Single weights without a gradient start as in LoRA, see `factors`."""
     # all layers' answers wait for the accelerator once; a model may be split over several
     answers = [
         torch.stack([torch.stack([total.any(), total.isfinite().all()]) for total in acc.sums()]).all(dim=0)
         for acc in accumulators.values()
     ]
-    found = torch.stack([answer.to(answers[0].device) for answer in answers]).T.tolist()
-    for problem, are_good in zip(
-        ("no gradient (it is exactly zero)", "a gradient with NaN or Inf"), found, strict=True
-    ):
-        bad = [name for name, is_good in zip(accumulators, are_good, strict=True) if not is_good]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(accumulators)} target layers get {problem}: {whole_list(bad)}. LoRA-GA "
-                "cannot initialize them: leave them out with `LoraConfig(exclude_modules=...)`, check that the forward "
-                "pass uses them, or estimate on other or more samples (`ga_num_samples`)."
-            )
+    found = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+    infinite = [name for name, (_, is_finite) in zip(accumulators, found, strict=True) if not is_finite]
+    if infinite:
+        raise ValueError(
+            f"{len(infinite)} of {len(accumulators)} target layers get a gradient with NaN or Inf: {whole_list(infinite)}. "
+            "LoRA-GA cannot initialize them: leave them out with `LoraConfig(exclude_modules=...)`, load the model in a wider "
+            "dtype (bf16 or fp32 instead of fp16), or estimate on other samples (`ga_seed`)."
+        )
+    idle = [name for name, (is_reached, _) in zip(accumulators, found, strict=True) if not is_reached]
+    if len(accumulators) - len(idle) < SMALLEST_SHARE * len(accumulators):
+        raise ValueError(
+            f"{len(idle)} of {len(accumulators)} target layers get no gradient (it is exactly zero): {whole_list(idle)}. "
+            f"LoRA-GA needs one for {SMALLEST_SHARE:.0%} of its targets at least. Check that the forward pass uses them and "
+            "that the loss depends on them, name others in `target_modules`, or estimate on other or more samples "
+            "(`ga_num_samples`)."
+        )

@@ -49,13 +49,15 @@ def write_all_factors(
     numbers = {}
     for name, weight in adapter.weights.items():
         R, O, I, device = weight.rank, weight.out_features, weight.in_features, weight.device
-        flat = torch.empty(R * I + O * R + 2 * R + 3, device=device, dtype=torch.float32)
+        flat = torch.zeros(R * I + O * R + 3 + 2 * R, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
-            found_numbers = [factors.alignment, factors.gradient_norm, factors.scale]
-            rest_3 = torch.tensor(found_numbers, device=device, dtype=torch.float32)
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), factors.singular_values_K, rest_3]
-            torch.cat(parts, out=flat)
+            of_report = torch.tensor(
+                [factors.alignment, factors.gradient_norm, factors.scale], device=device, dtype=torch.float32
+            )
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), of_report, factors.singular_values_K]
+            found_numbers = torch.cat(parts)
+            flat[: len(found_numbers)] = found_numbers
         broadcast(flat, source=owners[name])
         a, b, of_report = flat.split([R * I, O * R, 2 * R + 3])
         if adapter.is_initialized:
@@ -64,8 +66,9 @@ def write_all_factors(
         numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
     for name, of_report in numbers.items():
-        *singular_values, layer_alignment, gradient_norm, scale = of_report.tolist()
-        reports[name] = LayerReport(layer_alignment, singular_values, gradient_norm, scale)
+        layer_alignment, gradient_norm, scale, *singular_values = of_report.tolist()
+        pairs = [value for value in singular_values if value]  # 2R, or as many as there are
+        reports[name] = LayerReport(layer_alignment, pairs, gradient_norm, scale)
     return reports
 
 

@@ -62,8 +62,8 @@ def initialize_lora_ga(
         the alignment of each layer, and what the initialization took.
 
     Raises:
-        ValueError: no batch, no label, a loss that is not finite, or a target that gets no finite, non-zero
-            gradient; also what `attach_lora_ga` raises.
+        ValueError: no batch, no label, a loss that is not finite, a target whose gradient is not finite, or next to no
+            target that gets one; also what `attach_lora_ga` raises.
     """
     if not isinstance(config, LoRAGAArguments):
         raise ValueError(
@@ -162,15 +162,17 @@ def _estimate_and_write(
         all_reduced_bytes = estimate_gradients(adapter, accumulators, objective, disable_tqdm)
         found = write_all_factors(adapter, accumulators, config, learning_rates)
 
+    reached = {name: layer for name, layer in found.items() if layer.singular_values}
     report = InitReport(
-        alignment={name: layer.alignment for name, layer in found.items()},
+        alignment={name: layer.alignment for name, layer in reached.items()},
         num_items=objective.num_items,
         seconds=time.perf_counter() - started,
         extra_peak_bytes=peak.extra_bytes,
         all_reduced_bytes=all_reduced_bytes,
-        singular_values={name: layer.singular_values for name, layer in found.items()},
-        gradient_norm={name: layer.gradient_norm for name, layer in found.items()},
+        singular_values={name: layer.singular_values for name, layer in reached.items()},
+        gradient_norm={name: layer.gradient_norm for name, layer in reached.items()},
         scale={name: layer.scale for name, layer in found.items()},
+        idle=[name for name in found if name not in reached],
     )
     if rank() == 0:
         logger.info(report.summary())

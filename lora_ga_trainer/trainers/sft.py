@@ -37,9 +37,9 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
     loads on the untouched base model.
 
     Raises:
-        ValueError: the `LoraConfig` asks for another initialization or adapter kind, a rank is too large for a layer,
-            the adapter has been initialized or trained already, a dataset is empty or its columns are not those that TRL
-            reads, or the model is an encoder-decoder; from `train`, what `initialize_lora_ga` raises.
+        ValueError: the `LoraConfig` asks for another initialization or adapter kind, the adapter has been initialized or
+            trained already, a dataset is empty or its columns are not those that TRL reads, or the model is an
+            encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
     config_class = LoRAGASFTConfig
