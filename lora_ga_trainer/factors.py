@@ -91,7 +91,7 @@ def _picked(
 ) -> UnitVectors:
     """Of the picks that are no pairs of the gradient A gets random rows, orthonormal to its others, and B zeros."""
     rows_RI = _columns(triplets.v_IK, picks_A).T
-    missing_R = torch.tensor(picks_A) >= len(triplets.s_K)
+    missing_R = torch.tensor(picks_A, device="cpu") >= len(triplets.s_K)
     return UnitVectors(_filled(rows_RI, missing_R, generator), _columns(triplets.u_OK, picks_B))
 
 
@@ -213,8 +213,8 @@ def matched_scale(
 
 SMALLEST_MATCHED = 0.1 / math.sqrt(3)
 """A tenth of the length of a row of A as LoRA starts it, with entries uniform in ±1/√I. From a shorter A0 the gradient's
-directions are lost within the first steps: on SmolLM2-135M at the rate 2e-3, η_f = 5e-5 alone gives c = 0.02 and 0.252 on word
-problems, 0.06 gives 0.230, and on chat 0.12 is too much (benchmarks/README.md)."""
+directions are lost within the first steps: on SmolLM2-135M at the rate 2e-3 word problems end at 0.252 with c = 0.03, at 0.230
+with 0.06; with 0.12 chat ends at 1.975 instead of 1.954 (benchmarks/README.md, "One setting for every task and rate")."""
 
 
 KRYLOV_BLOCKS = 9

@@ -16,8 +16,8 @@ from lora_ga_trainer.checkpoint.adapter_files import config_on_disk
 from lora_ga_trainer.checkpoint.state import read_state
 from lora_ga_trainer.initialization import attach_lora_ga
 
-CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10)
-NO_OFFSET = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10, ga_offset=False)
+CONFIG = LoRAGAArguments(ga_scale="stable", ga_sketch_size=10)
+NO_OFFSET = LoRAGAArguments(ga_scale="stable", ga_sketch_size=10, ga_offset=False)
 BOTH_FORMS = pytest.mark.parametrize("config", [CONFIG, NO_OFFSET], ids=["offset", "no offset"])
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 # float32 logits of order 1 through two layers; PEFT computes the same products in the same order, but the scaling
@@ -351,7 +351,7 @@ def test_a_checkpoint_with_other_trained_modules_is_refused(tmp_path):
 
 def test_the_batch_size_of_the_estimation_may_differ(tmp_path):
     trained()[0].save_pretrained(tmp_path)
-    model = fresh(LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10, ga_batch_size=3))
+    model = fresh(LoRAGAArguments(ga_scale="stable", ga_sketch_size=10, ga_batch_size=3))
     model.load_adapter(tmp_path, "default")
     assert model.lora_ga.state.report is not None
 

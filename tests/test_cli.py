@@ -243,7 +243,7 @@ def test_it_runs_under_the_launcher(model, data, tmp_path):
         (["--ga_num_samples", "0"], "`ga_num_samples` is 0, but must be a whole number of at least 1"),
         (["--dataset_path", "rows.txt"], "rows.txt must end in one of .jsonl, .json, .parquet, .csv"),
         (["--dataset_path", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
-        (["--lora_r", "40"], "rank 40 is too large"),
+        (["--lora_r", "40", "--ga_sketch_size", "50"], "must be at least 2·r = 80"),
     ],
 )
 def test_what_sft_refuses(model, data, tmp_path, words, message):

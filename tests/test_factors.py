@@ -63,9 +63,9 @@ def test_the_matched_scale(rates, offset):
     """With rates as LoRA+ has them, and with A frozen, too."""
     scales = scale_factors(
         "matched", out_features=40, in_features=28, rank=RANK, scaling=SCALING, weight_singular_values=list,
-        **OPTIONS | {"offset": offset, "learning_rates": LearningRates(*rates)},
+        **OPTIONS | {"offset": offset, "learning_rates": LearningRates(*rates), "full_learning_rate": 2e-4},
     )  # fmt: skip
-    c = dense_reference.matched_scale(40, 28, RANK, SCALING, 5e-5, *rates, offset)
+    c = dense_reference.matched_scale(40, 28, RANK, SCALING, 2e-4, *rates, offset)
     assert scales == pytest.approx((c, c if offset else 0.0))
 
 

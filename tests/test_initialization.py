@@ -306,7 +306,7 @@ def test_a_target_without_a_gradient_starts_as_in_lora(estimator, offset, tmp_pa
     base = tiny_model().eval()
     base.model.layers[1].self_attn.o_proj.weight.data.zero_()  # silences q, k, v of this layer, not itself
     model = get_peft_model(copy.deepcopy(base), lora_config(r=1))
-    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator=estimator, ga_sketch_size=2, ga_offset=offset)
+    config = LoRAGAArguments(ga_scale="stable", ga_estimator=estimator, ga_sketch_size=2, ga_offset=offset)
     with caplog.at_level("INFO"):
         report = initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
     silent = [f"base_model.model.model.layers.1.self_attn.{name}_proj" for name in "qkv"]

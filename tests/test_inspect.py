@@ -382,8 +382,8 @@ def test_one_bar_and_one_block(logging_on, caplog, capsys):
     assert last.startswith("LoRA-GA gradient, pass 2 of 2: 100%") and " 16/16 [" in last and "samples/s" in last
     assert (said.out + caplog.text).count(report.summary()) == 1
     lines = report.summary().splitlines()
-    assert [line.split()[0] for line in lines] == ["LoRA-GA", "time", "memory", "alignment"]
-    assert report.alignment_min_layer in lines[-1]
+    assert [line.split()[0] for line in lines] == ["LoRA-GA", "time", "memory", "alignment", "scale"]
+    assert report.alignment_min_layer in lines[-2]
 
 
 def test_padding_free_batches_are_counted_in_samples():

@@ -201,7 +201,7 @@ def test_the_factors_of_the_ablation(method, scaling, variance_A, variance_B, or
 
     The file holds [A0 + dA; dA] and [dB, B0].
     """
-    trainer, folder = run(method=method)
+    trainer, folder = run(method=method, **({"ga_scale": "stable"} if method == "lora_ga" else {}))
     assert {layer.scaling["default"] for layer in lora_layers(trainer.model)} == {scaling}
     saved = load_file(folder / "out/adapter_model.safetensors")
     ratios_A, ratios_B = [], []

@@ -190,7 +190,9 @@ def test_everything_else_is_as_in_a_plain_run(make, kind):
     """Random state, data order, number of trained parameters, all metrics. A learning rate of 0 keeps both at the base."""
     runs, first = [], []
     for stock in (True, False):
-        runs.append(make(kind, stock=stock, learning_rate=0.0, max_steps=7))
+        runs.append(
+            make(kind, stock=stock, learning_rate=0.0, max_steps=7, **({} if stock else {"ga_scale": "stable"}))
+        )
         first.append(FirstStep())
         runs[-1].add_callback(first[-1])
         runs[-1].train()
@@ -210,7 +212,9 @@ def test_a_restart_leaves_the_metrics_to_their_steps(make, kind):
     """Those of the steps before it, which wait for the next log, stay as they are; what it found is in that entry, too."""
     logged = []
     for restarts in (None, 2):
-        trainer = make(kind, learning_rate=0.0, logging_steps=4, max_steps=8, ga_restart_steps=restarts)
+        trainer = make(
+            kind, ga_scale="stable", learning_rate=0.0, logging_steps=4, max_steps=8, ga_restart_steps=restarts
+        )
         trainer.train()
         logged.append(entries(trainer))
     assert logged[0] == logged[1] and len(trainer.state.log_history) == 3  # two of the training, one of its end
@@ -677,7 +681,7 @@ def test_trl_prepares_its_data_once_nothing_is_to_be_refused(kind, tmp_path, mon
         )  # fmt: skip
 
     for refused in (
-        {"lora": adapter_of(kind, r=25)},
+        {"lora": adapter_of(kind, r=25), "ga_sketch_size": 40},
         {"lora": adapter_of(kind, target_modules=["embed_tokens"])},
         {"ga_sketch_size": 3},
         {"output_dir": "/proc/self"},

@@ -23,7 +23,7 @@ from lora_ga_trainer.gradient.objective import language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga
 from lora_ga_trainer.trainers.restarts import check_schedule, restart_is_due, rewarm, rewarmed
 
-EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
+EXACT = LoRAGAArguments(ga_scale="stable", ga_estimator="exact")
 INPUTS = tiny_batches(seed=9)[0]["input_ids"]
 
 

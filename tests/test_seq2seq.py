@@ -183,7 +183,7 @@ def test_a_peft_model_and_plain_arguments_are_taken(tmp_path, problems):
             "`peft_config` would be a second adapter",
         ),
         (tiny_t5, {"peft_config": lora_config(use_dora=True)}, "cannot be combined with LoRA-GA"),
-        (tiny_t5, {"peft_config": lora_config(r=30)}, "rank 30 is too large"),
+        (tiny_t5, {"peft_config": lora_config(r=30), "ga_sketch_size": 50}, "must be at least 2·r = 60"),
     ],
 )
 def test_what_is_refused(make, model, options, message):

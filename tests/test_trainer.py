@@ -97,7 +97,7 @@ def test_everything_else_is_as_in_a_plain_lora_run(make_trainer):
     for cls in (SFTTrainer, LoRAGASFTTrainer):
         seen[cls] = FirstBatch()
         # a learning rate of 0: both stay at the base function, so equal losses mean equal batches in equal order
-        runs[cls] = make_trainer(cls, callbacks=[seen[cls]], learning_rate=0.0, max_steps=8)
+        runs[cls] = make_trainer(cls, callbacks=[seen[cls]], ga_scale="stable", learning_rate=0.0, max_steps=8)
         runs[cls].train()
     plain, ours = seen[SFTTrainer], seen[LoRAGASFTTrainer]
     assert torch.equal(plain.random, ours.random)
@@ -157,7 +157,7 @@ class Beginning(TrainerCallback):
 
 def test_other_callbacks_see_the_run_as_it_starts(make_trainer):
     early = Beginning()
-    trainer = make_trainer(callbacks=[early], learning_rate=0.0, max_steps=1)
+    trainer = make_trainer(callbacks=[early], ga_scale="stable", learning_rate=0.0, max_steps=1)
     trainer.train()
     assert early.report is trainer.lora_ga_report is not None
     assert early.factors and all(factor.any() for factor in early.factors)

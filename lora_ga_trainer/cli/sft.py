@@ -34,7 +34,9 @@ line. The ones most used, some with a value that they may have:
              --ga_batch_size            at a time; half the training batch
              --ga_estimator sketch      or exact: the full gradients in float32
              --ga_sketch_passes 2       --ga_sketch_size, by default 2r + 32
-             --ga_direction ArB2r       --ga_scale matched  --ga_full_learning_rate 5e-5
+             --ga_direction ArB2r
+             --ga_scale matched         --ga_full_learning_rate 5e-5  --ga_learning_rate
+                                        or stable, the paper's, with --ga_gamma 16
              --ga_offset true           false: B from zero, files of rank r
              --ga_restart_steps         a fresh gradient every so many steps
              --ga_restart_warmup_steps  --ga_seed 42

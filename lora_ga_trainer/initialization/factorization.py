@@ -103,7 +103,7 @@ def factor_gradient(
     weight: AdaptedWeight,
     accumulator: Accumulator,
     config: LoRAGAArguments,
-    learning_rates: LearningRates | None,
+    learning_rates: LearningRates | None = None,
     weight_s: Tensor | None = None,
 ) -> Factors:
     """A0 (R×I) and B0 (O×R) of one weight, float32; see `factors` for the formulas.
