@@ -67,7 +67,7 @@ def test_a_folder_as_a_data_set_that_would_be_read_as_a_pattern(folders):
     for folder in folders:
         (folder / "train.jsonl").write_text(json.dumps({"text": folder.name}) + "\n")
     for load in (lambda name: load_named(name, "r"), lambda name: hub_items(name, None, "train", (), "r")):
-        with pytest.raises(ValueError, match="for a pattern and would read other folders. Rename it"):
+        with pytest.raises(ValueError, match="as a pattern and would read other folders. Rename it"):
             load(str(folders[0]))
     assert load_named(str(folders[1]), "r", split="train")["text"][:] == [folders[1].name]
 
