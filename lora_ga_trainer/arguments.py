@@ -46,7 +46,7 @@ class LoRAGAArguments:
         ga_scale (`str`, *optional*, defaults to `"matched"`):
             The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"matched"` such that the first step of AdamW
             moves each weight as far as full fine-tuning at `ga_full_learning_rate` would, whatever the learning rate, r and α;
-            `"stable"` O^¼/√γ, the paper's, which is to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
+            `"stable"` O^¼/√γ, the paper's, to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
             `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
             and √(O/I) for B0 (the paper's ablation).
         ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):

@@ -85,7 +85,7 @@ def test_a_damaged_file_in_a_folder_is_told(tmp_path):
 
 
 def test_deepspeed_resumes_only_from_a_folder_that_is_no_pattern(tmp_path):
-    with pytest.raises(ValueError, match="DeepSpeed takes.*Rename the folder"):
+    with pytest.raises(ValueError, match="DeepSpeed treats.*Rename the folder"):
         check_resume_path(Launch("ZeRO-2", 2), tmp_path / "run[2]/checkpoint-4")
     check_resume_path(Launch("ZeRO-2", 2), tmp_path / "run2/checkpoint-4")
     check_resume_path(Launch("DDP", 2), tmp_path / "run[2]/checkpoint-4")
