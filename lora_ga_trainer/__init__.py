@@ -56,7 +56,7 @@ _HOMES = {
     "initialize_lora_ga": "initialization.initialize",
     "restart_lora_ga": "initialization.initialize",
 }
-"""Where each public name is. They are imported when first used, so that `lora-ga --help` need not wait for torch."""
+"""Where each public name is defined. They are imported on first use, so that `lora-ga --help` need not wait for torch."""
 
 
 def __getattr__(name: str) -> object:

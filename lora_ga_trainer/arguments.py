@@ -22,21 +22,21 @@ def is_number_above_zero(value: Any) -> bool:
 class LoRAGAArguments:
     """The options of the LoRA-GA initialization (arXiv 2407.05000). `LoRAGASFTConfig` adds them to TRL's `SFTConfig`.
 
-    A dataclass of your own gets them the same way: `class MyArguments(LoRAGAArguments, TheTrainersArguments)`.
+    Your own dataclass gets them the same way: `class MyArguments(LoRAGAArguments, TheTrainersArguments)`.
 
     Parameters:
         ga_num_samples (`int`, *optional*, defaults to `64`):
             How many training examples the gradient is averaged over.
         ga_batch_size (`int`, *optional*):
             Examples per forward and backward while estimating. Defaults to half of the training batch size per device, to
-            make room for the sketch. Changes speed and memory only: the gradient is the token-weighted mean however the
+            make room for the sketch. Changes speed and memory only: the gradient is the token-weighted mean, however the
             examples are batched.
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
             small that 2·K·(O+I) ≥ O·I is always estimated exactly.)
         ga_sketch_passes (`int`, *optional*, defaults to `2`):
-            How often the sketch goes over the same examples. More passes, closer to the exact singular vectors: on real
-            gradients 1 reaches 0.98 of the exact alignment, 2 reach 0.999, 3 reach 0.9999.
+            How often the sketch goes over the same examples. More passes come closer to the exact singular vectors: on real
+            gradients, 1 reaches 0.98 of the exact alignment, 2 reach 0.999, 3 reach 0.9999.
         ga_sketch_size (`int`, *optional*):
             K, the width of the sketch; at least 2·r. Defaults to 2·r + 32 for each layer's own rank r.
         ga_direction (`str`, *optional*, defaults to `"ArB2r"`):
@@ -46,31 +46,31 @@ class LoRAGAArguments:
         ga_scale (`str`, *optional*, defaults to `"matched"`):
             The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"matched"` such that the first step of AdamW
             moves each weight as far as full fine-tuning at `ga_full_learning_rate` would, whatever the learning rate, r and α;
-            `"stable"` O^¼/√γ, the paper's, which is to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
+            `"stable"` O^¼/√γ, the paper's, to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
             `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
             and √(O/I) for B0 (the paper's ablation).
         ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):
-            η_f of the `matched` scale: the learning rate at which one would fine-tune all weights. Larger values start from
-            larger factors, which move the weights further with each of the first steps.
+            η_f of the `matched` scale: the learning rate for full fine-tuning. Larger values start from larger factors, which
+            move the weights further with each of the first steps.
         ga_learning_rate (`float`, *optional*):
-            η of the `matched` scale: the peak learning rate of the adapter. A trainer reads it from its optimizer; a training
-            loop without one has to give it.
+            η of the `matched` scale: the peak learning rate of the adapter. A trainer reads it from its optimizer; your own
+            training loop must set it.
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the `stable` scale. Larger values start from smaller factors.
         ga_offset (`bool`, *optional*, defaults to `True`):
-            Whether B starts at B0, and s·B0 A0 is subtracted, as in the paper. `False`: B starts at zero, as in LoRA, so that
-            nothing is to be subtracted: training costs what LoRA's does, and the saved adapter has rank r instead of 2·r.
+            Whether B starts at B0 and s·B0 A0 is subtracted, as in the paper. `False`: B starts at zero, as in LoRA. Nothing is
+            subtracted, training costs the same as LoRA's, and the saved adapter has rank r instead of 2·r.
         ga_restart_steps (`int`, *optional*):
-            Every so many optimizer steps, freeze what was trained so far into the adapter and start again from the gradient
+            Every this many optimizer steps, freeze what was trained so far into the adapter and restart from the gradient
             at the current function (LoRA-GA inside ReLoRA, arXiv 2307.05695). The saved adapter's rank grows by 2·r each
             time. Default: never.
         ga_restart_warmup_steps (`int`, *optional*, defaults to `10`):
-            Steps over which the learning rate climbs back to its schedule after a restart; 0 for at once.
+            Steps over which the learning rate climbs back to its schedule after a restart; 0 for none.
         ga_seed (`int`, *optional*, defaults to `42`):
             Draws the examples, the sketch's test matrices and the directions `random` and `gaussian`. Independent of `seed`.
 
     Raises:
-        ValueError: a value is out of its range. The message tells the value, the rule and the remedy.
+        ValueError: a value is out of its range. The message states the value, the rule and the remedy.
     """
 
     ga_num_samples: int = field(
@@ -105,11 +105,11 @@ class LoRAGAArguments:
     )
     ga_full_learning_rate: float = field(
         default=5e-5,
-        metadata={"help": "Of the `matched` scale: the learning rate at which one would fine-tune all weights."},
+        metadata={"help": "For the `matched` scale: the learning rate for full fine-tuning."},
     )
     ga_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Of the `matched` scale: the adapter's peak learning rate. Default: the trainer's."},
+        metadata={"help": "For the `matched` scale: the adapter's peak learning rate. Default: the trainer's."},
     )
     ga_gamma: float = field(
         default=16.0, metadata={"help": "gamma of the `stable` scale; larger values start from smaller factors."}
@@ -122,7 +122,7 @@ class LoRAGAArguments:
     )
     ga_restart_steps: int | None = field(
         default=None,
-        metadata={"help": "Start again from a fresh gradient every so many steps. Default: never."},
+        metadata={"help": "Restart from a fresh gradient every this many steps. Default: never."},
     )
     ga_restart_warmup_steps: int = field(
         default=10, metadata={"help": "Steps over which the learning rate comes back after a restart."}
@@ -137,7 +137,7 @@ class LoRAGAArguments:
         bases = cls.__mro__
         if TrainingArguments in bases and bases.index(TrainingArguments) < bases.index(LoRAGAArguments):
             raise ValueError(
-                f"In the bases of {cls.__name__} `LoRAGAArguments` comes after the trainer's configuration, so that nothing "
+                f"In the bases of {cls.__name__} `LoRAGAArguments` comes after the trainer's configuration, so nothing "
                 f"checks its options. Write `class {cls.__name__}(LoRAGAArguments, ...)`."
             )
 
@@ -172,7 +172,7 @@ class LoRAGAArguments:
             self._check_number("ga_learning_rate", remedy="leave it out to use that of the trainer")
         self._check_number("ga_gamma", remedy="16.0 is the default")
         if isinstance(self, TrainingArguments):
-            super().__post_init__()  # type: ignore[misc]  # that of the configuration beside it in the bases
+            super().__post_init__()  # type: ignore[misc]  # of the configuration after it in the bases
 
     @property
     def peak_learning_rate(self) -> float:
@@ -258,10 +258,10 @@ Config = TypeVar("Config", bound=TrainingArguments)
 
 
 def with_ga_options(config_class: type[Config], args: TrainingArguments | None, model: Any) -> Config:
-    """`args` as a `config_class`: itself, or its fields and the default `ga_*` options.
+    """`args` as a `config_class`: unchanged if it is one, else its fields with the default `ga_*` options.
 
     Raises:
-        ValueError: `args` is no configuration of a trainer, or has fields that `config_class` does not have.
+        ValueError: `args` is not a trainer's configuration, or has fields that `config_class` lacks.
     """
     if isinstance(args, config_class):
         return args
@@ -272,7 +272,7 @@ def with_ga_options(config_class: type[Config], args: TrainingArguments | None, 
         raise ValueError(
             f"`args` is a {type(args).__name__}, but must be a configuration. Pass `{config_class.__name__}(output_dir=...)`."
         )
-    # `to_dict` would hide every field that ends in "token", `eos_token` too
+    # `to_dict` would hide every field that ends in "token", including `eos_token`
     values = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
     unknown = values.keys() - {option.name for option in fields(config_class)}
     if unknown:

@@ -1,6 +1,6 @@
-"""What differs between the versions that setup.cfg admits. No other module asks for a version.
+"""The differences between the versions that setup.cfg admits. No other module asks for a version.
 
-An entry can go when setup.cfg's lower bound has reached its version; `tests/test_compatibility.py` fails from then on.
+An entry can go once setup.cfg's lower bound has reached its version; `tests/test_compatibility.py` fails from then on.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ CHECKPOINTING_SINCE = {
 """Keys of `gradient_checkpointing_kwargs` that older versions pass on to torch, which fails on them in the first forward."""
 
 FSDP2_RESUMES_SINCE = ("accelerate", "1.13")
-"""Older versions leave the optimizer's state as it is, without a word, since the new optimizer has none to load into."""
+"""Older versions silently do not load the optimizer's state, since the new optimizer has none to load into."""
 
 CPUS_RESUME_SINCE = ("transformers", "5.18")
-"""Older versions ask torch to load the optimizer's state to "cpu:0", which it refuses."""
+"""Older versions ask torch to load the optimizer's state onto "cpu:0", which it refuses."""
 
 
 def check_resuming(launch: Launch, device: torch.device) -> None:
     """
     Raises:
-        ValueError: the installed versions do not restore the optimizer of a run that was launched so.
+        ValueError: the installed versions do not restore the optimizer of a run with this launch.
     """
     if launch.backend == "FSDP2":
         check_version(*FSDP2_RESUMES_SINCE, "Resuming under FSDP2")
@@ -63,9 +63,9 @@ def check_version(package: str, version: str, feature: str) -> None:
 
 
 def enable_selective_checkpointing(model: PeftModel) -> None:
-    """Set up what `gradient_checkpointing_kwargs={"selective": True}` asks for, once `check_checkpointing_kwargs` let it pass.
+    """Set up `gradient_checkpointing_kwargs={"selective": True}`, after `check_checkpointing_kwargs` has accepted it.
 
-    TRL 1.15 and 1.16 set it up on the PEFT model, but transformers asks the model inside, which knows nothing of it.
+    TRL 1.15 and 1.16 set it up on the PEFT model, but transformers looks at the model inside.
     """
     from trl.models import enable_selective_activation_checkpointing  # TRL before 1.15 has none
 
@@ -73,9 +73,9 @@ def enable_selective_checkpointing(model: PeftModel) -> None:
 
 
 def without_other_adapters(tensors: dict[str, Tensor], peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """The `tensors` of a state dict, but for the matrices of adapters other than `adapter_name`.
+    """The `tensors` of a state dict, without the matrices of adapters other than `adapter_name`.
 
-    PEFT before 0.20 saves every matrix whose name contains the adapter's: those of "default_2" with those of "default".
+    PEFT before 0.20 saves every matrix whose name contains the adapter's: with "default" also those of "default_2".
     """
     others = peft_model.peft_config.keys() - {adapter_name}
     of_others = re.compile(rf"\.lora_\w+\.({'|'.join(map(re.escape, others))})(\.|$)")
@@ -83,7 +83,7 @@ def without_other_adapters(tensors: dict[str, Tensor], peft_model: PeftModel, ad
 
 
 def sha256(path: Path) -> bytes:
-    """Digest of a file of any size. Goes with Python 3.10: 3.11 has `hashlib.file_digest`."""
+    """Digest of a file of any size. Drop it with Python 3.10: 3.11 has `hashlib.file_digest`."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -1,4 +1,4 @@
-"""What an initialization found and what it took."""
+"""The results and the cost of an initialization."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,14 +28,14 @@ class InitReport:
         seconds: wall time of the estimation and factorization.
         extra_peak_bytes: peak memory in use minus memory in use before, activations included; None where it cannot be
             measured.
-        all_reduced_bytes: for each pass, the bytes that every process put into the all-reduce of the gradients' sums;
-            zeros when there was one process.
-        singular_values: for each layer of `alignment` the 2·r leading singular values of G, the gradient of the mean loss per
-            label token, descending; fewer where G has fewer that are more than rounding, which makes the layer a thin one.
+        all_reduced_bytes: for each pass, the bytes that each process put into the all-reduce of the gradients' sums;
+            zeros for one process.
+        singular_values: for each layer of `alignment`, the 2·r leading singular values of G, the gradient of the mean loss per
+            label token, descending; fewer for a thin layer, whose G has fewer above rounding error.
             Empty if it comes from a file older than this field; `gradient_norm` likewise.
-        gradient_norm: for each layer of `alignment` ‖G‖, what lies beyond the 2·r included; with the sketch an estimate.
+        gradient_norm: for each layer of `alignment`, ‖G‖, including what lies beyond the 2·r; an estimate with the sketch.
         scale: for each adapted layer c, the length of the rows of A0. Empty if it comes from a file older than this field.
-        idle: the layers that no row of the sample gives a gradient. They start as in LoRA: A0 random, B0 zero.
+        idle: the layers that get no gradient from any row of the sample. They start as in LoRA: A0 random, B0 zero.
     """
 
     alignment: dict[str, float]
@@ -61,7 +61,7 @@ class InitReport:
         return min(self.alignment, key=self.alignment.__getitem__)
 
     def summary(self) -> str:
-        """A block of lines for a person."""
+        """A few lines for a human reader."""
         memory = (
             "not measured here"
             if self.extra_peak_bytes is None
@@ -90,7 +90,7 @@ class InitReport:
         return f"{len(self.idle)} of {layers} layers got no gradient from the sample and start as in LoRA"
 
     def metrics(self) -> dict[str, float]:
-        """The same for a logger."""
+        """The same, for a logger."""
         metrics = {
             "ga/alignment_mean": self.alignment_mean,
             "ga/alignment_min": self.alignment_min,

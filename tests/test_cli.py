@@ -75,7 +75,7 @@ def test_the_commands_are_listed(arguments, capsys):
 
 
 def test_a_wrong_command_says_which_there_are():
-    assert "'train' is no command of lora-ga. There are sft, export, inspect, compare" in error_of(["train"])
+    assert "lora-ga has no command 'train', only sft, export, inspect, compare" in error_of(["train"])
 
 
 def test_help_and_wrong_usage_do_not_wait_for_torch():
@@ -233,8 +233,8 @@ def test_it_runs_under_the_launcher(model, data, tmp_path):
     ("words", "message"),
     [
         (["--learning_rat", "1"], "There is no option '--learning_rat'. Did you mean --learning_rate?"),
-        (["--use_peft", "false"], "`use_peft` is False, but LoRA-GA is a start for LoRA"),
-        (["--dataset_name", "a/b"], "`dataset_name` is 'a/b' and `dataset_path` is .*just one of them must be set"),
+        (["--use_peft", "false"], "`use_peft` is False, but LoRA-GA initializes LoRA"),
+        (["--dataset_name", "a/b"], "`dataset_name` is 'a/b' and `dataset_path` is .*exactly one of them must be set"),
         (["--dataset_streaming", "true"], "`dataset_streaming` is for data sets on the hub"),
         (["--eval_strategy", "steps"], "`eval_strategy` is 'steps', but there is nothing to evaluate on"),
         (["--config", "nowhere.yaml"], "`config` is 'nowhere.yaml', but there is no such file"),
@@ -295,7 +295,7 @@ def test_a_file_that_holds_no_options(tmp_path, text, message):
 
 
 def test_neither_model_nor_data(data, tmp_path):
-    assert "just one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
+    assert "exactly one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
     assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
 
 

@@ -268,7 +268,7 @@ def test_a_start_that_changed_the_base(start):
 
 
 def test_another_kind_of_adapter_is_not_merged():
-    with pytest.raises(ValueError, match="of the kind 'ADALORA', but only LoRA is merged"):
+    with pytest.raises(ValueError, match="type is 'ADALORA', but only LoRA is merged"):
         check_mergeable(AdaLoraConfig(total_step=10).to_dict() | {"peft_type": "ADALORA"})
 
 

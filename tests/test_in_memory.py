@@ -145,7 +145,7 @@ def test_an_ordinary_adapter_is_still_swapped(tmp_path):
 
 def test_what_would_copy_half_of_the_adapter_is_refused():
     model = trained()
-    copying = "of rank 4, but in memory a LoRA-GA adapter has rank 8, so that it cannot be copied.*reload it"
+    copying = "of rank 4, but in memory a LoRA-GA adapter has rank 8, so it cannot be copied.*reload it"
     refused(model, lambda: reduce_intruder_dimension(model, logging_sink=None), copying)
     refused(model, lambda: model.add_adapter("second", model.peft_config["default"]), copying)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))

@@ -86,7 +86,7 @@ def test_a_file_without_spectra_loads_and_is_shown(run, tmp_path):
     assert report.singular_values == {} and report.alignment == read_state(run / "checkpoint-6").report.alignment
     found = Found(inspect(path.parent, tmp_path / "page"))
     assert found.figures == ["alignment", "norms", "loss"]
-    assert "before the gradients' singular values were kept" in found.text
+    assert "did not keep the gradients' singular values" in found.text
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, caplog):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/checkpoint-6/lora_ga.safetensors").unlink()
     assert list(read_snapshots(tmp_path / "run")) == [2, 4]
-    assert "Passing over a checkpoint" in caplog.text
+    assert "Skipping a checkpoint" in caplog.text
 
 
 def test_without_matplotlib_the_extra_is_named(run, tmp_path):

@@ -458,7 +458,7 @@ def test_a_model_that_is_made_later_is_refused(tmp_path):
     def model_init():
         return get_peft_model(base_of("classifier"), adapter_of("classifier"))
 
-    with pytest.raises(ValueError, match="`model_init` would make another model when training begins"):
+    with pytest.raises(ValueError, match="`model_init` would make a new model when training begins"):
         MakesItsModel(
             args=LoRAGATrainingArguments(str(tmp_path), use_cpu=True),
             train_dataset=rows_of("classifier"),

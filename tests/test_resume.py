@@ -86,7 +86,7 @@ def test_after_a_kill_a_new_process_finishes_the_uninterrupted_run(
             execute(Run("run", base_model, options, resume=True), directory)
     with caplog.at_level(logging.WARNING, logger="lora_ga_trainer"):
         resumed = execute(Run("run", base_model, options, resume=complete is not None or None), directory)
-    assert ("Passing over an incomplete checkpoint" in caplog.text) == (complete == 2 and 4 in checkpoints)
+    assert ("Skipping an incomplete checkpoint" in caplog.text) == (complete == 2 and 4 in checkpoints)
     assert resumed["losses"] == uninterrupted["losses"]
     assert same_adapter(resumed, uninterrupted)
 
@@ -259,7 +259,7 @@ def test_what_no_trainer_saved_is_refused(base_model, of_one_process, tmp_path):
     (checkpoint / "lora_ga.json").write_text(json.dumps(state | {"launch": None}))
     mark_complete(checkpoint)
     run = Run("run", base_model, SAVING, {"r": 2}, resume=str(checkpoint))
-    refused(run, tmp_path / "run", "was saved by a loop of one's own")
+    refused(run, tmp_path / "run", "was saved by a custom training loop")
 
 
 def test_a_checkpoint_copied_elsewhere_resumes(base_model, of_one_process, tmp_path):

@@ -67,7 +67,7 @@ def test_a_folder_as_a_data_set_that_would_be_read_as_a_pattern(folders):
     for folder in folders:
         (folder / "train.jsonl").write_text(json.dumps({"text": folder.name}) + "\n")
     for load in (lambda name: load_named(name, "r"), lambda name: hub_items(name, None, "train", (), "r")):
-        with pytest.raises(ValueError, match="for a pattern and would read other folders. Rename it"):
+        with pytest.raises(ValueError, match="as a pattern and would read other folders. Rename it"):
             load(str(folders[0]))
     assert load_named(str(folders[1]), "r", split="train")["text"][:] == [folders[1].name]
 
@@ -85,7 +85,7 @@ def test_a_damaged_file_in_a_folder_is_told(tmp_path):
 
 
 def test_deepspeed_resumes_only_from_a_folder_that_is_no_pattern(tmp_path):
-    with pytest.raises(ValueError, match="DeepSpeed takes.*Rename the folder"):
+    with pytest.raises(ValueError, match="DeepSpeed treats.*Rename the folder"):
         check_resume_path(Launch("ZeRO-2", 2), tmp_path / "run[2]/checkpoint-4")
     check_resume_path(Launch("ZeRO-2", 2), tmp_path / "run2/checkpoint-4")
     check_resume_path(Launch("DDP", 2), tmp_path / "run[2]/checkpoint-4")

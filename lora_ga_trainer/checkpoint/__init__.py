@@ -1,11 +1,11 @@
 """Checkpoints: ordinary adapters that also resume exactly.
 
 adapter_files   saving, loading
-layouts         how a layer's parts make up its matrices in the file, of rank 2R, or R without the offset
-state           lora_ga.json: whose checkpoint it is
+layouts         how a layer's parts form its matrices in the file, of rank 2R, or R without the offset
+state           lora_ga.json: the run's settings and results
 model_card      README.md
-completeness    lora_ga_files.json: whether it is whole
-exporting       from a checkpoint to a bare adapter or a merged model, in one process
+completeness    lora_ga_files.json: whether the checkpoint is whole
+exporting       a checkpoint to a bare adapter or a merged model, in one process
 """
 
 from .exporting import export

@@ -1,12 +1,12 @@
-"""An adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be taken up again exactly.
+"""An adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be resumed exactly.
 
     adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base;
                                 after each restart 2R more rows and columns, the history
-    adapter_config.json         r doubled, lora_alpha such that the scaling stays the same
-    lora_ga.safetensors         A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file as they are, A0 is not
+    adapter_config.json         r doubled, lora_alpha chosen to keep the same scaling
+    lora_ga.safetensors         A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file unchanged, A0 is not
     lora_ga.json                the options, the adapter's own r and alpha, alignment per layer, versions; see `state`
 
-That is the form with the offset; without it the file is the adapter of rank R itself. `layouts` knows both.
+This is the form with the offset; without it, the file is the adapter of rank R itself. `layouts` has both.
 
 Shapes: O out features, I in features, R the rank that trains.
 """
@@ -45,10 +45,10 @@ def layout_of(adapter: LoRAGAAdapter) -> Layout:
 def config_on_disk(lora_config: LoraConfig, times: int) -> LoraConfig:
     """The `LoraConfig` of the saved file: rank n·R with n = `times`, the same scaling s.
 
-    s = α/√r with rsLoRA and α/r without, so n times r takes α·√n and α·n.
+    s = α/√r with rsLoRA and α/r without, so a rank of n·r needs α·√n or α·n.
     """
     on_disk = copy.deepcopy(lora_config)
-    if times == 1:  # α stays the whole number that it may be
+    if times == 1:  # α stays a whole number if it was one
         return on_disk
     factor = math.sqrt(times) if lora_config.use_rslora else times
     on_disk.r *= times
@@ -59,13 +59,13 @@ def config_on_disk(lora_config: LoraConfig, times: int) -> LoraConfig:
 
 
 def rank_in_memory(adapter: LoRAGAAdapter) -> int:
-    """The rank that the layers of the adapter present, and its file has, as a multiple of R."""
+    """The rank that the adapter's layers present and its file has, as a multiple of R."""
     return layout_of(adapter).times * (len(adapter.state.restarts) + 1)
 
 
 @contextmanager
 def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
-    """While inside, the adapter's `LoraConfig` is that of its file, whose matrices are those that its layers present."""
+    """While inside, the adapter's `LoraConfig` is that of its file, which has the matrices that its layers present."""
     trained = adapter.lora_config
     presented = config_on_disk(trained, rank_in_memory(adapter))
     try:
@@ -76,7 +76,7 @@ def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
 
 
 def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
-    """Whether PEFT saves the embeddings with the adapter. It may ask the hub, so: once, and on the first process's word."""
+    """Whether PEFT saves the embeddings with the adapter. It may ask the hub, so this is decided once, by the first process."""
     tensors = stand_ins(peft_model.state_dict(keep_vars=True))
     sizes = [
         len(get_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name, save_embedding_layers=decision))
@@ -86,18 +86,18 @@ def file_has_embeddings(peft_model: PeftModel, adapter_name: str) -> bool:
 
 
 def stand_ins(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For each of `tensors` its number. PEFT is asked which belong to an adapter, not for their values: of a model that
-    transformers has sharded it would gather all weights, and give copies."""
+    """The index of each of `tensors`, as a tensor. PEFT only has to select those of an adapter: with the values, it would
+    gather all weights of a model that transformers has sharded, and return copies."""
     return {name: torch.tensor(number, device="cpu") for number, name in enumerate(tensors)}
 
 
 def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """The parameters and buffers that make up an adapter, sharded as they are, under PEFT's names for its file.
+    """The parameters and buffers of an adapter, still sharded, under PEFT's names for its file.
 
-    `modules_to_save`, trained biases and new tokens are among them; each matrix in delta form counts as its two halves.
+    They include `modules_to_save`, trained biases and new tokens; each matrix in delta form counts as its two halves.
 
     Raises:
-        ValueError: there is no matrix of the adapter.
+        ValueError: no matrix of the adapter is found.
     """
     tensors = peft_model.state_dict(keep_vars=True)
     chosen = get_peft_model_state_dict(
@@ -111,7 +111,7 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
     if adapter_name == peft_model.lora_ga.name and not any(".lora_A." in name for name in found):
         raise ValueError(
             f"PEFT finds no matrix of the adapter {adapter_name!r} under the names of the model's layers: something has "
-            "wrapped them and renamed them since, such as torch's `checkpoint_wrapper`. Leave it out, and checkpoint "
+            "since wrapped and renamed them, such as torch's `checkpoint_wrapper`. Leave it out, and checkpoint "
             "with `gradient_checkpointing=True`."
         )
     return found
@@ -120,7 +120,7 @@ def adapter_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, Te
 def adapter_state_dict(peft_model: PeftModel, keep: bool = True) -> dict[str, Tensor]:
     """The entries of `peft_model.state_dict()` that belong to adapters, whole, on the CPU; the base model stays sharded.
 
-    Every process has to call it. One that is not to `keep` them only takes part in gathering, and gets nothing.
+    Every process must call it. Without `keep`, a process only takes part in gathering and gets nothing.
     """
     wanted = {id(value) for name in peft_model.peft_config for value in adapter_parameters(peft_model, name).values()}
     whole = {}
@@ -133,11 +133,11 @@ def adapter_state_dict(peft_model: PeftModel, keep: bool = True) -> dict[str, Te
 
 
 def bind_files(adapter: LoRAGAAdapter) -> None:
-    """Have `save_pretrained` and `load_adapter` of the adapter's model write and read the files above; `Trainer` calls them
-    too. The model card that is written with them tells of LoRA-GA.
+    """Make `save_pretrained` and `load_adapter` of the adapter's model write and read the files above; `Trainer` calls them
+    too. The model card saved with them has a section on LoRA-GA.
 
-    Bound to the instance, because PEFT offers no hook for an adapter's own file form, and its `load_adapter` drops keys
-    that it does not know without a word.
+    They are bound to the instance, because PEFT has no hook for an adapter's own file format, and its `load_adapter`
+    silently drops unknown keys.
     """
     peft_model = adapter.model
     peft_model.lora_ga = adapter
@@ -160,10 +160,10 @@ def save_pretrained(
 ) -> None:
     """`PeftModel.save_pretrained` for a model with an adapter in delta form; same arguments.
 
-    If the parameters are sharded and no `state_dict` is given, every process has to call it.
+    If the parameters are sharded and no `state_dict` is given, every process must call it.
 
     Raises:
-        ValueError: the adapter has not been initialized yet, so that there is nothing worth saving; or
+        ValueError: the adapter has not been initialized yet, so there is nothing to save; or
             `path_initial_model_for_weight_conversion` is given.
     """
     if path_initial_model_for_weight_conversion is not None:
@@ -194,7 +194,7 @@ def save_pretrained(
     in_memory = in_memory | histories(adapter)
     layout = layout_of(adapter)
     joined = layout.join(in_memory)
-    # what was decided when the adapter was attached: PEFT would ask the hub again at every save
+    # decided when the adapter was attached: PEFT would ask the hub again at every save
     options = {"save_embedding_layers": state.has_embeddings} | kwargs
     with config_as_in_file(adapter):
         for name in selected_adapters:
@@ -202,7 +202,7 @@ def save_pretrained(
             stock_save(selected_adapters=[name], state_dict=tensors, **options)
     directory = adapter_directory(save_directory, adapter.name)
     resume_only = layout.keep(without_adapter_name(in_memory, adapter.name))
-    # as PEFT does in its own file: of a layer that is in several places of the model only the first name
+    # as in PEFT's own file: a layer that occurs several times in the model has only its first name
     names = layout.keep(adapter_parameters(peft_model, adapter.name))
     resume_only = {name: resume_only[name].contiguous() for name in names}
     save_file(resume_only, directory / FROZEN_FILE, metadata={"format": "pt"})
@@ -210,7 +210,7 @@ def save_pretrained(
 
 
 def merge_and_unload(peft_model: PeftModel, *args: Any, **kwargs: Any) -> nn.Module:
-    """`merge_and_unload` as PEFT has it. The merged model loses the base's name, which the next adapter would be given."""
+    """PEFT's `merge_and_unload`. The merged model loses the base's name, which the next adapter would otherwise get."""
     model = peft_model.base_model.merge_and_unload(*args, **kwargs)
     model.name_or_path = ""
     return model
@@ -219,11 +219,11 @@ def merge_and_unload(peft_model: PeftModel, *args: Any, **kwargs: Any) -> nn.Mod
 def load_adapter(
     peft_model: PeftModel, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`; for the adapter in delta form `model_id` must be a checkpoint of the same kind of run.
+    """`PeftModel.load_adapter`; for the adapter in delta form, `model_id` must be a checkpoint of the same kind of run.
 
-    Everything is read and checked before the first weight is written. Every process has to call it. With DeepSpeed, load
-    before `deepspeed.initialize`, or beside the engine's own `load_checkpoint`, which restores its fp32 copies; the trainer
-    does the latter.
+    Everything is read and checked before the first weight is written. Every process must call it. With DeepSpeed, load
+    before `deepspeed.initialize`, or together with the engine's own `load_checkpoint`, which restores its fp32 copies; the
+    trainer does the latter.
 
     Raises:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
@@ -246,7 +246,7 @@ def load_adapter(
 
 
 def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
-    """The state saved in `directory`, if the files there hold just the `adapter`, made with its settings.
+    """The state saved in `directory`, if the files there hold exactly the `adapter`, made with its settings.
 
     Raises:
         ValueError: a file is missing or damaged, or was made with another `LoraConfig` or other `ga_*` options.
@@ -268,26 +268,26 @@ def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
 
 
 def histories(adapter: LoRAGAAdapter) -> dict[str, Tensor]:
-    """What restarts have frozen, on the CPU, under the names that `state_dict()` of the model would give it."""
+    """What restarts have frozen, on the CPU, under the names that the model's `state_dict()` would use."""
     return {f"{name}.history": half.history.cpu() for name, half in adapter.halves.items() if half.history is not None}
 
 
 def adapter_directory(save_directory: str | Path, adapter_name: str) -> Path:
-    """Where PEFT puts the files of an adapter: adapters not named "default" go to a folder of their own."""
+    """Where PEFT puts an adapter's files: one not named "default" has its own folder."""
     return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
 
 
 def without_adapter_name(in_memory: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """What belongs to the adapter's matrices A, under the names that PEFT gives in files."""
+    """The parts of the adapter's matrices A, under PEFT's names in files."""
     infix = f".lora_A.{adapter_name}."
     return {key.replace(infix, ".lora_A."): value for key, value in in_memory.items() if infix in key}
 
 
 def check_tensors(path: Path, expected: dict[str, list[int]]) -> None:
-    """Check that `path` has the tensors of `expected`, by name and shape, and no other: PEFT drops those without a word.
+    """Check that `path` has the tensors of `expected`, by name and shape, and no others, which PEFT would silently drop.
 
     Raises:
-        ValueError: the file is missing or damaged, or its tensors are others.
+        ValueError: the file is missing or damaged, or its tensors differ.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -295,7 +295,7 @@ def check_tensors(path: Path, expected: dict[str, list[int]]) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}), so this checkpoint is not complete. Resume from another one, or copy the file "
-            "again from where it came."
+            "again from its source."
         ) from error
     if found != expected:
         name = next(name for name in expected | found if expected.get(name) != found.get(name))

@@ -1,6 +1,6 @@
-"""The files beside a model's or an adapter's weights: what goes along when they are exported, and what stays behind.
+"""The files next to a model's or an adapter's weights: which are exported with them, and which are left out.
 
-A tokenizer or processor may save a file of any name, so what stays behind is listed: weights, and what a training writes.
+A tokenizer or processor may save a file of any name, so the exclusions are listed: weights, and what training writes.
 """
 
 import shutil
@@ -14,21 +14,20 @@ OTHER_WEIGHTS = (
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data",
     "*.tflite", "*.mlmodel", "*.npz", "*.distcp",
 )  # fmt: skip
-"""Weights and states in the formats that are not read here; optimizers, schedules and random states are among them."""
+"""Weights and states in formats that are not read here, including optimizers, schedules and random states."""
 WEIGHTS = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 OF_TRAINING = (
     "lora_ga.*", "lora_ga_files.json*", "trainer_state.json", "*_results.json", "latest", "zero_to_fp32.py",
     "*.jsonl", "*.csv", "*.parquet", "*.log", "index.html", "*.png",
 )  # fmt: skip
 DESCRIPTIONS = ("README.md", ".*")
-"""A card describes what it was written for, and hidden files belong to the folder."""
+"""A card describes only the folder that it was written for, and hidden files belong to it."""
 
 
 def companions(directory: Path) -> list[Path]:
-    """The files in `directory` that go along with its weights, relative to it; those of the model itself (`OF_MODEL`) are not
-    among them.
+    """The files in `directory` to export with its weights, as relative paths, without those of the model itself (`OF_MODEL`).
 
-    Of its folders only those of chat templates, and of the further tokenizers that a processor may have.
+    Subfolders count only if they hold chat templates, or further tokenizers of a processor.
     """
     folders = [directory, directory / CHAT_TEMPLATE_DIR]
     for config in directory.glob("*/tokenizer_config.json"):

@@ -1,8 +1,8 @@
-"""Which checkpoints are whole: a list of their files tells.
+"""Which checkpoints are complete, by a list of their files.
 
-A run may be killed at any moment, also while it saves. `lora_ga_files.json` is written when every process has written all of
-its files, and names them with their sizes; only `trainer_state.json` comes after it. A `checkpoint-N` without both is
-half-written, or was not made to be resumed.
+A run may be killed at any moment, even while it saves. `lora_ga_files.json` is written once every process has written all of
+its files, and lists them with their sizes; only `trainer_state.json` comes after it. A `checkpoint-N` without both is
+half-written, or was not meant to be resumed.
 """
 
 import json
@@ -28,7 +28,7 @@ NOT_LISTED = (FILES_FILE, TRAINER_STATE_NAME, "README.md")
 
 
 def check_writable(output_dir: Path) -> None:
-    """Find out now, not at the first checkpoint, whether files can be made in `output_dir`; by trying, since root may do more.
+    """Find out now, not at the first checkpoint, whether files can be created in `output_dir`. Try it: root may do more.
 
     Raises:
         ValueError: they cannot.
@@ -38,16 +38,16 @@ def check_writable(output_dir: Path) -> None:
             file.write(b"?")
     except OSError as error:
         raise ValueError(
-            f"`output_dir` is {output_dir}, but no file can be written there ({error}). Choose another folder, or mend its "
-            "rights."
+            f"`output_dir` is {output_dir}, but no file can be written there ({error}). Choose another folder, or fix its "
+            "permissions."
         ) from error
 
 
 def remove_former(directory: Path) -> None:
-    """To be called before anything is written to `directory`, where an earlier run may have left a checkpoint.
+    """Call this before anything is written to `directory`, where an earlier run may have left a checkpoint.
 
-    The list goes first, so that what is left of a killed removal is incomplete; all of the rest goes too, since nothing of
-    an old checkpoint may pass for a part of the new one.
+    The list is removed first, so that an interrupted removal leaves an incomplete checkpoint; then everything else, so that no
+    part of an old checkpoint can pass for a part of the new one.
     """
     (directory / FILES_FILE).unlink(missing_ok=True)
     if directory.is_dir():
@@ -55,7 +55,7 @@ def remove_former(directory: Path) -> None:
 
 
 def mark_complete(directory: Path) -> None:
-    """To be called when every process has written its files; the list is whole or absent."""
+    """Call this once every process has written its files; the list is whole or absent."""
     sizes = {
         str(path.relative_to(directory)): path.stat().st_size
         for path in sorted(directory.rglob("*"))
@@ -70,7 +70,7 @@ def check_complete(directory: Path) -> None:
     """Check that `directory` is a whole checkpoint.
 
     Raises:
-        ValueError: it is none, or a file is missing or has another size than when it was saved.
+        ValueError: it is not one, or a file is missing or has changed in size since it was saved.
     """
     if not directory.is_dir():
         raise ValueError(f"There is no checkpoint {directory}. Check the path.")
@@ -81,7 +81,7 @@ def check_complete(directory: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{directory} has no readable {FILES_FILE}, so it cannot be resumed: the run was killed while it saved, or saved "
-            "with `save_only_model`, or is not one of a LoRA-GA trainer. Resume from another checkpoint; "
+            "with `save_only_model`, or no LoRA-GA trainer wrote it. Resume from another checkpoint; "
             "`resume_from_checkpoint=True` takes the last complete one."
         ) from error
     for name, size in sizes.items():
@@ -95,7 +95,7 @@ def check_complete(directory: Path) -> None:
         if found != size:
             raise ValueError(
                 f"{path} {'is missing' if found is None else f'has {found:,} bytes'}, but {size:,} bytes were saved, so this "
-                "checkpoint is not complete. Resume from another one, or copy the file again from where it came."
+                "checkpoint is not complete. Resume from another one, or copy the file again from its source."
             )
     try:
         json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def last_complete(output_dir: Path) -> Path:
             check_complete(steps[step])
         except ValueError as error:
             if rank() == 0:
-                logger.warning(f"Passing over an incomplete checkpoint. {error}")
+                logger.warning(f"Skipping an incomplete checkpoint. {error}")
         else:
             return steps[step]
     raise ValueError(
@@ -132,7 +132,7 @@ def last_complete(output_dir: Path) -> Path:
 
 
 def check_can_resume(adapter: LoRAGAAdapter, directory: Path, launch: Launch) -> None:
-    """Check all that can be known before anything is loaded: `directory` is whole and belongs to this run.
+    """Check everything possible before anything is loaded: `directory` is complete and belongs to this run.
 
     Raises:
         ValueError: it is not complete, has other LoRA or `ga_*` settings, does not fit the model, or was saved by a launch
@@ -142,13 +142,13 @@ def check_can_resume(adapter: LoRAGAAdapter, directory: Path, launch: Launch) ->
     saved = check_adapter(adapter, adapter_directory(directory, adapter.name))
     if saved.launch is None:
         raise ValueError(
-            f"{directory} was saved by a loop of one's own, not by a LoRA-GA trainer, so there is no optimizer state to go on "
-            "from. Resume from a `checkpoint-N` that a trainer wrote."
+            f"{directory} was saved by a custom training loop, not by a LoRA-GA trainer, so there is no optimizer state to "
+            "resume from. Resume from a `checkpoint-N` that a trainer wrote."
         )
     check_resumable_launch(saved.launch, launch)
     check_resume_path(launch, directory)
     if saved.launch != launch and rank() == 0:
         logger.warning(
-            f"{directory} was saved by {saved.launch}, this is {launch}: training goes on from its weights and optimizer "
-            "state, but with the examples dealt out differently, so not to the same numbers."
+            f"{directory} was saved by {saved.launch}, this is {launch}: training continues from its weights and optimizer "
+            "state, but the examples are distributed differently, so the numbers will differ."
         )

@@ -1,7 +1,7 @@
-"""From a checkpoint to what one ships: the adapter alone, or the base model with the adapter merged into it.
+"""From a checkpoint to a release: the adapter alone, or the base model with the adapter merged into it.
 
-One process, no trainer, no model in memory: the base is read and written one file at a time, so the memory needed is that of
-its largest file.
+It takes one process, no trainer, and no model in memory: the base is read and written one file at a time, so it needs the
+memory of the largest file.
 
 Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
 """
@@ -37,16 +37,16 @@ def export(
 ) -> None:
     """Write the adapter of `checkpoint_dir`, or the base model with it merged in, to the new folder `out`.
 
-    `out` appears when all of it is written, or not at all. What a tokenizer or processor saved goes along.
+    `out` appears once everything is written, or not at all. It includes what a tokenizer or processor saved.
 
     Args:
         checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
-        out: must not exist, or be empty.
+        out: must be empty or not exist.
         merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files.
-        base_model: folder or hub name of the untouched base model, for `merge`. Default: what the adapter names.
+        base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names.
 
     Raises:
-        ValueError: `out` is in the way, a file is missing or damaged, or the adapter cannot be merged into the files of
+        ValueError: `out` is not empty, a file is missing or damaged, or the adapter cannot be merged into the files of
             this base model (quantized, not in safetensors, other layers or shapes), or into any (see `check_mergeable`).
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
@@ -61,7 +61,9 @@ def export(
         else:
             for name in ADAPTER_FILES:
                 shutil.copy(checkpoint_dir / name, directory / name)
-        copy_files(checkpoint_dir, companions(checkpoint_dir), directory)  # over what the base has under the same name
+        copy_files(
+            checkpoint_dir, companions(checkpoint_dir), directory
+        )  # overwrites the base's files of the same names
 
 
 def read_adapter(directory: Path) -> dict[str, Tensor]:
@@ -101,10 +103,10 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
 
 
 def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
-    """The folder with the base model's files, from the hub, at its `revision`, if need be.
+    """The folder with the base model's files, downloaded from the hub at its `revision` if necessary.
 
     Raises:
-        ValueError: it is not known, not found, or not in safetensors.
+        ValueError: it is unknown, not found, or not in safetensors.
     """
     if not base_model:
         raise ValueError("The adapter does not name its base model. Pass `base_model`.")
@@ -114,7 +116,7 @@ def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
             directory = Path(snapshot_download(str(base_model), revision=revision, ignore_patterns=[*OTHER_WEIGHTS]))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             raise ValueError(
-                f"The base model {base_model} is neither a folder nor to be had from the hub ({error}). Pass `base_model`."
+                f"The base model {base_model} is neither a folder nor available from the hub ({error}). Pass `base_model`."
             ) from error
     if not any(directory.glob("*.safetensors")):
         raise ValueError(
@@ -128,8 +130,8 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
 
     Raises:
-        ValueError: the base is quantized, is no model of transformers' own, has an index that names other files than there
-            are, or something in the adapter has no counterpart in it.
+        ValueError: the base is quantized, is not one of transformers' own models, or its index names a missing file; or
+            something in the adapter has no counterpart in it.
     """
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if "quantization_config" in model_config.to_dict():
@@ -158,22 +160,22 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `config.json` names as the model's.
 
     Raises:
-        ValueError: it is none of transformers' models; the name is a stranger's, and is not to call anything else.
+        ValueError: it is not a transformers model; the name is untrusted and must not call anything else.
     """
     name = (config.architectures or [""])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The base model's config.json names the architecture {name!r}, which is no model of transformers', so it cannot "
+            f"The base model's config.json names the architecture {name!r}, which is not a transformers model, so it cannot "
             "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
         )
     return found
 
 
 def shards_of(source: Path) -> list[Path]:
-    """The files that transformers loads the weights in `source` from: others would be copied unmerged.
+    """The files in `source` from which transformers loads the weights; others would be copied unmerged.
 
-    Those that the index names; without one model.safetensors, or all there are.
+    They are model.safetensors, else those that the index names, else all there are.
 
     Raises:
         ValueError: the index names a file that is not there.
@@ -189,13 +191,13 @@ def shards_of(source: Path) -> list[Path]:
     if elsewhere:
         raise ValueError(
             f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
-            "again from where it came."
+            "again from its source."
         )
     return [there[name] for name in named]
 
 
 def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
-    """Refuse an adapter that was trained with more or fewer tokens than the base's files have.
+    """Refuse an adapter that was trained with another vocabulary size than the base's files have.
 
     Raises:
         ValueError: the embeddings in the adapter have another number of rows.
@@ -212,10 +214,10 @@ def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel)
 
 
 def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
-    """Refuse an adapter for one of two tied weights: in the base's files the other would follow it.
+    """Refuse an adapter for one of two tied weights: in the base's files, the other would change with it.
 
     Raises:
-        ValueError: embedding and head share their weight, and one of them was trained by itself or has a LoRA.
+        ValueError: embedding and head share their weight, and one of them was trained separately or has a LoRA.
     """
     if not skeleton.config.tie_word_embeddings:
         return
@@ -243,12 +245,12 @@ def base_names(shards: list[Path]) -> set[str]:
 
 
 def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """For each of the base's weights, what of the adapter goes into it: kind -> (module name, tensor).
+    """For each of the base's weights, the parts of the adapter that change it: kind -> (module name, tensor).
 
-    A base's file may leave out the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
+    A base's file may omit the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
 
     Raises:
-        ValueError: a part of the adapter goes nowhere.
+        ValueError: a part of the adapter has no such weight.
     """
     pieces: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, value in adapter.items():
@@ -270,7 +272,7 @@ def merge_tensor(
 ) -> Tensor:
     """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
 
-    W0 is `base`, or what the adapter holds instead of it: trained fully, or, of a head with a LoRA, the base's own once more.
+    W0 is `base`, or the adapter's replacement: fully trained, or, for a head with a LoRA, another copy of the base's.
 
     Raises:
         ValueError: the shapes differ.

@@ -1,8 +1,8 @@
 """PEFT's helpers for adapters on the model in memory, where each matrix of a LoRA-GA adapter is held as two halves.
 
-What reads a layer's `weight` or `get_delta_weight` is right by construction: `merge_and_unload`, `merge_adapter`,
-`convert_to_lora`, `rescale_adapter_scale`, … What takes the rank from the `LoraConfig`, which is that of training, or writes
-to the weights is made right here, or refused: PEFT would cut the adapter, or write to what is then dropped, without a word.
+Helpers that read a layer's `weight` or `get_delta_weight` work by construction: `merge_and_unload`, `merge_adapter`,
+`convert_to_lora`, `rescale_adapter_scale`, … Helpers that take the rank from the `LoraConfig`, which is that of training, or
+that write to the weights are corrected here, or refused: PEFT would silently cut the adapter, or write to a discarded tensor.
 """
 
 from functools import wraps
@@ -22,10 +22,10 @@ RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`Pef
 
 
 def guard_helpers(adapter: LoRAGAAdapter) -> None:
-    """Bind to the adapter's model what follows; PEFT offers no other place for it."""
+    """Bind the following to the adapter's model; PEFT has no hook for it."""
     peft_model = adapter.model
     peft_model.add_adapter = MethodType(add_adapter, peft_model)
-    # `peft_model` finds the methods of its `base_model`
+    # `peft_model` looks up the methods of its `base_model`
     peft_model.base_model.add_weighted_adapter = MethodType(add_weighted_adapter, peft_model)
     peft_model.register_load_state_dict_pre_hook(check_not_from_file)
 
@@ -43,7 +43,7 @@ def add_weighted_adapter(peft_model: PeftModel, *args: Any, **kwargs: Any) -> No
     if any(map(is_sharded, peft_model.parameters())):
         raise ValueError(f"`add_weighted_adapter` needs whole matrices, but those of this model are sharded. {RELOAD}")
     with config_as_in_file(peft_model.lora_ga) as presented:
-        # The new adapter's matrices hold all scalings, so its own must be 1; PEFT 0.21 makes it √r if this is on (peft#3761).
+        # The new adapter's matrices include all scalings, so its own must be 1; else PEFT 0.21 makes it √r (peft#3761).
         presented.use_rslora = False
         stock(peft_model.base_model, *args, **kwargs)
 
@@ -52,29 +52,29 @@ def add_adapter(peft_model: PeftModel, adapter_name: str, peft_config: Any, *arg
     """`PeftModel.add_adapter`; same arguments.
 
     Raises:
-        ValueError: `peft_config` is the LoRA-GA adapter's own. That is how PEFT and TRL begin to copy an adapter
-            (`reduce_intruder_dimension`, the reference of `DPOTrainer`), and the copy would have room for half of it.
+        ValueError: `peft_config` is the LoRA-GA adapter's own. PEFT and TRL copy an adapter this way
+            (`reduce_intruder_dimension`, the reference of `DPOTrainer`), and the copy would hold only half of it.
     """
     adapter = peft_model.lora_ga
     if rank_in_memory(adapter) > 1 and peft_config is peft_model.peft_config.get(adapter.name):
         raise ValueError(
             f"The adapter {adapter_name!r} would get the configuration of {adapter.name!r}, of rank {peft_config.r}, but "
-            f"in memory a LoRA-GA adapter has rank {rank_in_memory(adapter) * peft_config.r}, so that it cannot be copied. "
-            f"{RELOAD} For a new adapter with the same settings, pass a `LoraConfig` of its own (`copy.deepcopy(...)`)."
+            f"in memory a LoRA-GA adapter has rank {rank_in_memory(adapter) * peft_config.r}, so it cannot be copied. "
+            f"{RELOAD} For a new adapter with the same settings, pass its own `LoraConfig` (`copy.deepcopy(...)`)."
         )
     type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)
 
 
 def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: refuse an adapter file's matrices, which `set_peft_model_state_dict` hands on under names that
-    are not in memory.
+    """Before `load_state_dict`: refuse an adapter file's matrices, which `set_peft_model_state_dict` passes under names that do
+    not exist in memory.
 
     Raises:
-        ValueError: there is one in `state_dict`.
+        ValueError: `state_dict` has one.
     """
     adapter_name = peft_model.lora_ga.name
     for layer in peft_model.lora_ga.weights:
-        # in delta form there is always A, and a file has both
+        # checking A suffices: it is always in delta form, and a file has both
         for name in ("lora_A.weight", f"lora_A.{adapter_name}.weight"):
             if f"{prefix}{layer}.{name}" in state_dict:
                 raise ValueError(
@@ -84,8 +84,8 @@ def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], pr
                 )
 
 
-# `hotswap_adapter` and `prepare_model_for_compiled_hotswap` are functions of PEFT that ask the model for nothing that could be
-# bound to it; they would end in a KeyError and an AttributeError.
+# PEFT's functions `hotswap_adapter` and `prepare_model_for_compiled_hotswap` call no method of the model that could be
+# replaced; they would end in a KeyError and an AttributeError.
 
 
 def _refuse_delta_form(name: str) -> None:
@@ -103,6 +103,6 @@ def _refuse_delta_form(name: str) -> None:
     setattr(hotswap, name, checked)
 
 
-# what they call first with the model; their own names may have been imported before
+# the first functions that they call with the model; they themselves may have been imported already
 for _name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
     _refuse_delta_form(_name)

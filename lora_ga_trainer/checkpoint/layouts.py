@@ -1,11 +1,11 @@
-"""How the parts of a layer in memory make up its matrices in the files, and come out of them again bit for bit.
+"""How the parts of a layer in memory form its matrices in the files, and are recovered from them bit for bit.
 
                         in memory         adapter_model.safetensors                            lora_ga.safetensors
     with the offset     dA, A0, dB, B0    lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0]     A0
     without             dA, A0, dB        lora_A = A0 + dA (R×I),        lora_B = dB           A0, dA
 
-`lora_ga.safetensors` keeps what cannot be told from the matrices: a sum does not say what was added, but for one rounding.
-Names in memory are those of `state_dict()`: `trainable` and `frozen` for the difference and the initial factor.
+`lora_ga.safetensors` keeps what cannot be recovered exactly from the matrices: a sum does not determine its terms.
+Names in memory are those of `state_dict()`: `trainable` is the difference, `frozen` the initial factor.
 
 Shapes: O out features, I in features, R the rank that trains.
 """
@@ -36,11 +36,11 @@ class Layout(Protocol):
         """The `resume_only` of an adapter; the names in `in_memory` do not contain the adapter's."""
 
     def split(self, on_disk: Tensors, resume_only: Tensors) -> dict[str, Any]:
-        """The `in_memory` that `join` and `keep` were given; a `history` is None where there was no restart."""
+        """The `in_memory` that `join` and `keep` were given; `history` is None without restarts."""
 
 
 class WithOffset:
-    """[A0 + dA; dA], [dB, B0], and after restarts the history behind them; resume only: A0 under the layer's name."""
+    """[A0 + dA; dA], [dB, B0], followed by the history after restarts; resume only: A0 under the layer's name."""
 
     times = 2
 

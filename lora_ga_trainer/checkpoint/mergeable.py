@@ -12,49 +12,48 @@ from ..adapter.lora_config import OTHER_METHODS
 COMPUTED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save",
 )  # fmt: skip
-"""What `exporting` takes into account, in the fields or in the tensors that come of them."""
+"""Fields that `exporting` handles, directly or through the tensors that they create."""
 WITHOUT_EFFECT = (
-    # where the adapter is, which the names of its tensors say
+    # where the adapter is: its tensors' names say so too
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "ensure_weight_tying",
-    # how it was trained or started, and what its files are called
+    # how it was trained or initialized, and names
     "lora_dropout", "inference_mode", "velora_config", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "runtime_config",
-    # details of what is refused
+    # details of refused options
     "megatron_core", "qalora_group_size",
 )  # fmt: skip
 BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""The `init_lora_weights` that leave the base weights as they are."""
+"""The `init_lora_weights` that leave the base weights unchanged."""
 REFUSED = OTHER_METHODS | {
     "layer_replication": "the replicated layers share their base weights, and each has an adapter of its own",
-    "target_parameters": "the adapter of a parameter outside of linear layers has a form of its own",
-    "trainable_token_indices": "of the embeddings only some rows were trained",
+    "target_parameters": "the adapter of a parameter outside of linear layers has another form",
+    "trainable_token_indices": "only some rows of the embeddings were trained",
 }
 
 
 def check_mergeable(config: dict[str, Any]) -> None:
     """Refuse an `adapter_config.json` that asks for more than W0 + s·lora_B·lora_A.
 
-    A field that is not known here, as a later PEFT may write, is refused unless it is off or at PEFT's default.
+    An unknown field, as a later PEFT may write, is refused unless it is off or at PEFT's default.
 
     Raises:
         ValueError: naming the field, its value and the reason.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"The adapter is of the kind {config.get('peft_type')!r}, but only LoRA is merged file by file. Load it with PEFT "
+            f"The adapter's type is {config.get('peft_type')!r}, but only LoRA is merged file by file. Load it with PEFT "
             "and use `merge_and_unload`, or export the adapter alone."
         )
     if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         raise ValueError(
             f"The adapter's `init_lora_weights` is {config['init_lora_weights']!r}, which changed the base weights when "
-            "training began, so it cannot be merged into those of the base's files. Export the adapter alone, and load it with "
-            "PEFT."
+            "training began, so it cannot be merged into the base's files. Export the adapter alone, and load it with PEFT."
         )
     defaults = {option.name: option.default for option in fields(LoraConfig)}
     for name, value in config.items():
         if name in (*COMPUTED, *WITHOUT_EFFECT, "init_lora_weights") or not value or value == defaults.get(name):
             continue
-        reason = REFUSED.get(name, "which is not known here and may change what the adapter computes")
+        reason = REFUSED.get(name, "it is unknown here and may change what the adapter computes")
         raise ValueError(
             f"The adapter's `{name}` is {value!r}: {reason}. So it cannot be merged file by file. Export the adapter alone, "
             "and load it with PEFT."

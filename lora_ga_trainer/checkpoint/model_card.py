@@ -1,7 +1,7 @@
-"""The model card (README.md) of a LoRA-GA adapter: what PEFT, TRL or transformers write, with a section on LoRA-GA in it.
+"""The model card (README.md) of a LoRA-GA adapter: that of PEFT, TRL or transformers, plus a section on LoRA-GA.
 
-Whoever saves an adapter calls `create_or_update_model_card`, which `adapter_files.bind_files` replaces by the one here; and
-the trainers' `create_model_card` adds the same section. The section stands between two comments, so that it is found again.
+Saving an adapter calls `create_or_update_model_card`, which `adapter_files.bind_files` replaces with the one here; the
+trainers' `create_model_card` adds the same section. Two comments mark the section, so that it can be found again.
 """
 
 import re
@@ -32,38 +32,40 @@ CITATION = """\
 
 
 def create_or_update_model_card(peft_model: PeftModel, output_dir: str | Path) -> None:
-    """`PeftModel.create_or_update_model_card`, which also tells of LoRA-GA. One process calls it."""
+    """`PeftModel.create_or_update_model_card`, plus the section on LoRA-GA. One process calls it."""
     if peft_model.lora_ga.is_deleted:
         type(peft_model).create_or_update_model_card(peft_model, output_dir)
         return
     path = Path(output_dir, "README.md")
-    if not path.exists():  # PEFT would begin with a form to fill in
+    if not path.exists():  # PEFT would start with a form to fill in
         ModelCard(f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n").save(path)
     type(peft_model).create_or_update_model_card(peft_model, output_dir)
     add_lora_ga(peft_model, path)
 
 
 def add_lora_ga(peft_model: PeftModel, path: Path) -> None:
-    """Put the section on LoRA-GA into the card at `path`, or renew it, and correct what the others say of the base model."""
+    """Add or renew the section on LoRA-GA in the card at `path`, and correct what the card says about the base model."""
     card, base = ModelCard.load(path), base_name(peft_model)
     card.data.library_name = "peft"
     card.data.tags = sorted({*(card.data.tags or []), "lora", TAG})
-    if not is_hub_name(base):  # the hub refuses a card that names a folder; PEFT names whatever was loaded
+    if not is_hub_name(base):  # the hub refuses a card that names a folder, but PEFT names whatever was loaded
         card.data.base_model = None
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
     elif not card.data.base_model:
         card.data.base_model = base
-    # TRL's quick start loads `hub_model_id`, which is None before a push, and takes every adapter for a chat model
+    # TRL's quick start loads `hub_model_id`, which is None before a push, and treats every adapter as a chat model
     text = re.sub(r"^## Quick start\n.*?(?=^## )", "", card.text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(f"{BEGIN}.*?{END}\n*", "", text, flags=re.DOTALL)
-    # what TRL 1.16 and transformers 5.23 write when the base model has no name, or is a folder
+    # written by TRL 1.16 and transformers 5.23 if the base model has no name, or is a folder
     known, origin = f"`{base}`" if base else "a model without a name", changed_origin(peft_model)
     if origin:
         known = f"a changed copy of `{origin}`"
     for unknown in ("None", "", *filter(None, [origin])):
         text = text.replace(f"[{unknown}](https://huggingface.co/{unknown})", known)
     text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {known} on ")
-    text = text.replace("on the None dataset.", "on an unknown dataset.")  # transformers', of a data set made in memory
+    text = text.replace(
+        "on the None dataset.", "on an unknown dataset."
+    )  # by transformers, for a data set made in memory
     heading = re.search(r"^##+ ", text, flags=re.MULTILINE)
     start = heading.start() if heading else len(text)
     card.text = f"{text[:start].rstrip()}\n\n{section(peft_model)}\n\n{text[start:]}".rstrip() + "\n"
@@ -76,7 +78,7 @@ def base_name(peft_model: PeftModel) -> str:
 
 
 def changed_origin(peft_model: PeftModel) -> str:
-    """What the base model was loaded from, if its weights have been changed since; else empty."""
+    """The source of the base model if its weights have been changed since; else empty."""
     return "" if base_name(peft_model) else BaseTuner.get_model_config(peft_model).get("_name_or_path") or ""
 
 
@@ -92,13 +94,11 @@ def section(peft_model: PeftModel) -> str:
     state, base, origin = peft_model.lora_ga.state, base_name(peft_model), changed_origin(peft_model)
     relative_to = f"the untouched base model{f' `{base}`' if base else ''}"
     if origin:
-        relative_to = (
-            f"a copy of `{origin}` whose weights had been changed before, and which has to be loaded in its place"
-        )
+        relative_to = f"a copy of `{origin}` whose weights had been changed before training; load that copy as the base"
     parts = [
         f"{BEGIN}\n",
         "## LoRA-GA\n",
-        "This is a LoRA adapter that started from the gradient of the full weights, with [LoRA-GA](https://arxiv.org/abs/"
+        "This is a LoRA adapter initialized from the gradient of the full weights, with [LoRA-GA](https://arxiv.org/abs/"
         "2407.05000) as implemented in `lora_ga_trainer`. It is relative to "
         f"{relative_to}, and loads with stock [PEFT](https://github.com/huggingface/peft):\n",
         f"```python\n{how_to_load(peft_model, base)}\n```\n",
@@ -122,7 +122,7 @@ def how_to_load(peft_model: PeftModel, base: str) -> str:
         lines.append(f"base = {name}.from_pretrained({base or 'path/to/the/base/model'!r}{at})")
     else:
         lines.append(f"\nbase = ...  # a {model_class.__name__}, with the weights that the adapter was trained on")
-    if peft_model.lora_ga.state.has_embeddings:  # the files hold those of the resized vocabulary
+    if peft_model.lora_ga.state.has_embeddings:  # the files hold the resized embeddings
         rows = full_shape(peft_model.get_input_embeddings().weight)[0]
         lines.append(f"base.resize_token_embeddings({rows})")
     adapter_name = peft_model.lora_ga.name
@@ -138,7 +138,7 @@ def scale_in_words(ga: dict[str, Any]) -> str:
 
 
 def settings(state: LoRAGAState) -> dict[str, str]:
-    """What the reader of a card wants to know of a run, by its name."""
+    """A run's settings and results for the reader of a card, by name."""
     lora, ga, report = state.lora, state.options, state.report
     r, times = lora["r"], LAYOUTS[ga["ga_offset"]].times * (len(state.restarts) + 1)
     exact = ga["ga_estimator"] == "exact"

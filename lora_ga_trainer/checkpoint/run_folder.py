@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder. Imports nothing that takes long: `lora-ga` answers wrong usage with it."""
+"""The checkpoints in a run's folder. It imports nothing slow, so that `lora-ga` reports wrong usage quickly."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`lora_ga.json`: the settings and the result of a LoRA-GA run, beside its adapter's files."""
+"""`lora_ga.json`: the settings and the results of a LoRA-GA run, next to its adapter's files."""
 
 import json
 from dataclasses import asdict, fields
@@ -17,11 +17,11 @@ from ..report import InitReport
 
 STATE_FILE = "lora_ga.json"
 WITHOUT_EFFECT = ("ga_batch_size",)
-"""Options that change no result, so that they may differ on resuming."""
+"""Options that do not affect the result, so they may differ on resuming."""
 
 
 def write_state(directory: Path, state: LoRAGAState) -> None:
-    """Write `lora_ga.json` beside the adapter's files."""
+    """Write `lora_ga.json` next to the adapter's files."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
     document = asdict(state) | {"versions": {"lora_ga_trainer": __version__} | versions}
     (directory / STATE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -31,13 +31,13 @@ def read_state(directory: Path) -> LoRAGAState:
     """The state that `write_state` wrote.
 
     Raises:
-        ValueError: the file is missing or is none of ours.
+        ValueError: the file is missing, or LoRA-GA did not write it.
     """
     path = directory / STATE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{directory} has no {STATE_FILE}, so it is no checkpoint of a LoRA-GA run and its two halves cannot be told "
-            "apart. Resume from a `checkpoint-N` that a LoRA-GA trainer wrote."
+            f"{directory} has no {STATE_FILE}, so it is not a checkpoint of a LoRA-GA run and its two halves cannot be "
+            "separated. Resume from a `checkpoint-N` that a LoRA-GA trainer wrote."
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def read_state(directory: Path) -> LoRAGAState:
         return LoRAGAState(**document | reports | {"launch": launch})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from where it came."
+            f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from its source."
         ) from error
 
 
@@ -61,7 +61,7 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
         ValueError: naming the first setting that differs, with both values.
     """
     saved = read_state(directory)
-    # an option that did not exist yet when the checkpoint was written had the effect of its default
+    # options added since the checkpoint was written acted as their defaults do
     defaults = {"lora": {}, "options": {option.name: option.default for option in fields(LoRAGAArguments)}}
     for group in ("lora", "options"):
         ours, theirs = getattr(state, group), defaults[group] | getattr(saved, group)

@@ -1,1 +1,1 @@
-"""`lora-ga`: one module per command, each with a `main`. Nothing here imports torch before it is needed."""
+"""`lora-ga`: one module per command, each with a `main`. Modules import torch only when needed."""

@@ -4,12 +4,12 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "sft": "fine-tune a language model on your data, started from the gradient",
+    "sft": "fine-tune a language model on your data, starting from the gradient",
     "export": "turn a checkpoint into a bare adapter, or merge it into its base model",
     "inspect": "draw what an initialization found and how the run went, as one HTML page",
-    "compare": "overlay the losses of several runs, and print a table of them",
+    "compare": "overlay the losses of several runs, and print a table",
 }
-"""Every command is the module of its name."""
+"""Each command is the module of the same name."""
 
 
 def usage() -> str:
@@ -23,7 +23,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "lora-ga COMMAND --help tells a command's options.",
+            "lora-ga COMMAND --help lists a command's options.",
             "On several GPUs: accelerate launch -m lora_ga_trainer.cli.sft [options]",
         ]
     )
@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(usage())
     elif name not in COMMANDS:
-        sys.exit(
-            f"error: {name!r} is no command of lora-ga. There are {', '.join(COMMANDS)}; `lora-ga --help` tells more."
-        )
+        sys.exit(f"error: lora-ga has no command {name!r}, only {', '.join(COMMANDS)}. See `lora-ga --help`.")
     else:
         import_module(f".{name}", __package__).main(options)
 

@@ -11,8 +11,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="lora-ga compare",
         allow_abbrev=False,
-        description="Overlay the losses of several runs, and print a table of them. Any run of a transformers or TRL trainer "
-        "may be among them; those of LoRA-GA trainers are also drawn over seconds (their logs have a clock).",
+        description="Overlay the losses of several runs, and print a table. Any run of a transformers or TRL trainer works; "
+        "those of LoRA-GA trainers are also drawn over seconds (their logs have a clock).",
     )
     parser.add_argument(
         "runs", metavar="RUN", type=Path, nargs="+", help="a run's output_dir, or one of its checkpoints"

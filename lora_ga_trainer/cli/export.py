@@ -8,11 +8,11 @@ from .parsing import errors_as_messages, parse_options
 
 @dataclass
 class ExportArguments:
-    checkpoint_dir: str = field(metadata={"help": "A `checkpoint-N`, or where `save_model` wrote."})
+    checkpoint_dir: str = field(metadata={"help": "A `checkpoint-N`, or the folder that `save_model` wrote."})
     out: str = field(metadata={"help": "Folder to create."})
     merge: bool = field(default=False, metadata={"help": "Write the whole model with the adapter merged into it."})
     base_model: str | None = field(
-        default=None, metadata={"help": "The untouched base, for `merge`. Default: the one the adapter names."}
+        default=None, metadata={"help": "The untouched base, for `merge`. Default: the one that the adapter names."}
     )
 
 

@@ -11,8 +11,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="lora-ga inspect",
         allow_abbrev=False,
-        description="One HTML page, and its pictures as PNGs: alignment and gradient spectra of every layer as the "
-        "initialization found them, the norms of the factors over the run's checkpoints, the losses.",
+        description="Write one HTML page, and its pictures as PNGs: the alignment and gradient spectrum that the "
+        "initialization found in every layer, the norms of the factors over the run's checkpoints, and the losses.",
     )
     parser.add_argument("path", metavar="CHECKPOINT_OR_RUN", type=Path, help="a `checkpoint-N`, or a run's output_dir")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Options from dataclasses, a YAML file and the command line, as TRL has them; errors as one line."""
+"""Options from dataclasses, a YAML file and the command line, as in TRL; errors as one line."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from trl import TrlParser
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What a user can put right ends the program with one line, not a traceback: also files and hubs that cannot be read."""
+    """Errors that a user can fix end the program with one line, not a traceback; so do unreadable files and hubs."""
     try:
         yield
     except (ValueError, ModuleNotFoundError, OSError, SafetensorError) as error:
@@ -22,7 +22,7 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def options_parser(types: tuple[type, ...], prog: str) -> TrlParser:
-    kinds: Any = types  # TRL says that it wants instances, and means classes
+    kinds: Any = types  # TRL's annotation says instances, but it takes classes
     return TrlParser(kinds, prog=prog, usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]", allow_abbrev=False)
 
 
@@ -30,14 +30,14 @@ def parse_options(types: tuple[type, ...], argv: list[str], prog: str) -> tuple[
     """One instance of each of `types`: from the file after `--config`, and over it the options in `argv`.
 
     Raises:
-        ValueError: an option that does not exist, in `argv` or the file; no such file; or what the dataclasses raise.
+        ValueError: an unknown option in `argv` or the file; a missing file; or what the dataclasses raise.
     """
     parser = options_parser(types, prog)
     known = [text for action in parser._actions for text in action.option_strings]
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if "--config" in argv:
         given += [f"--{key}" for key in config_keys(([*argv, ""])[argv.index("--config") + 1])]
-    for option in given:  # before anything else is wrong with them
+    for option in given:  # before any other check
         if option == "--config" and "--config" not in argv:
             raise ValueError("`--config=FILE` is not understood: write `--config FILE`.")
         if option not in (*known, "--config", "--env"):
@@ -51,7 +51,7 @@ def config_keys(path: str) -> list[str]:
     """The options that a YAML file sets.
 
     Raises:
-        ValueError: there is no such file, or it is no mapping.
+        ValueError: there is no such file, or it is not a mapping.
     """
     if not Path(path).is_file():
         raise ValueError(f"`config` is {path!r}, but there is no such file. Pass a YAML file with options.")
@@ -59,14 +59,14 @@ def config_keys(path: str) -> list[str]:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(
-            f"`config` is {path!r}, which is not valid YAML ({error}). Write one `option: value` a line."
+            f"`config` is {path!r}, which is not valid YAML ({error}). Write one `option: value` per line."
         ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"`config` is {path!r}, which holds no options. Write one `option: value` a line.")
+        raise ValueError(f"`config` is {path!r}, which holds no options. Write one `option: value` per line.")
     return list(config)
 
 
 def resume_choice(option: str | bool | None) -> str | bool | None:
-    """What the trainer takes: True, a folder, or None. The command line has only text."""
+    """The trainer's argument (True, a folder, or None) from the command line's text."""
     words = {"true": True, "false": None, "none": None}
     return words.get(str(option).lower(), option)

@@ -20,9 +20,9 @@ HELP = """\
 usage: {prog} --model_name_or_path MODEL (--dataset_name NAME | --dataset_path FILE)
        [--config FILE.yaml] [options]
 
-Fine-tune a decoder-only model with LoRA, started from the gradient. The data may be prompts and
-completions, conversations or text. Options come from the YAML file and, over it, from the command
-line. The ones most used, some with a value that they may have:
+Fine-tune a decoder-only model with LoRA, starting from the gradient. The data may be prompts and
+completions, conversations or text. Options come from the YAML file; those on the command line take
+precedence. The most common ones, some with an example value:
 
   model      --model_name_or_path  --dtype bfloat16  --attn_implementation  --load_in_4bit
   data       --dataset_name  --dataset_config  --dataset_train_split  --dataset_test_split
@@ -31,28 +31,28 @@ line. The ones most used, some with a value that they may have:
   adapter    --lora_r 8  --lora_alpha 16  --use_rslora true  --lora_dropout 0
              --lora_target_modules all-linear
   LoRA-GA    --ga_num_samples 64        examples that the gradient is averaged over
-             --ga_batch_size            at a time; half the training batch
+             --ga_batch_size            examples per batch; half the training batch
              --ga_estimator sketch      or exact: the full gradients in float32
              --ga_sketch_passes 2       --ga_sketch_size, by default 2r + 32
              --ga_direction ArB2r
              --ga_scale matched         --ga_full_learning_rate 5e-5  --ga_learning_rate
                                         or stable, the paper's, with --ga_gamma 16
              --ga_offset true           false: B from zero, files of rank r
-             --ga_restart_steps         a fresh gradient every so many steps
+             --ga_restart_steps         a fresh gradient every this many steps
              --ga_restart_warmup_steps  --ga_seed 42
   training   --output_dir  --learning_rate 2e-4  --num_train_epochs  --max_steps  --seed
              --per_device_train_batch_size  --gradient_accumulation_steps  --lr_scheduler_type
              --eval_strategy steps  --eval_steps  --save_steps  --save_total_limit
              --logging_steps  --report_to tensorboard  --push_to_hub
-  going on   --resume_from_checkpoint true    the last complete checkpoint, or a folder
+  resuming   --resume_from_checkpoint true    the last complete checkpoint, or a folder
 
-{prog} --help_all tells all options and their defaults: those of TRL's SFTConfig,
-ModelConfig and ScriptArguments, but the adapter's, which are the LoRA-GA paper's."""
+{prog} --help_all lists all options and their defaults. They are those of TRL's SFTConfig,
+ModelConfig and ScriptArguments, except the adapter's, which are the LoRA-GA paper's."""
 
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's `ScriptArguments`, and local files."""
+    """TRL's `ScriptArguments`, plus local files."""
 
     dataset_path: str | None = field(
         default=None, metadata={"help": "Local .jsonl, .json, .parquet or .csv file to train on."}
@@ -64,8 +64,8 @@ class DataArguments(ScriptArguments):
     def __post_init__(self):
         if (self.dataset_name is None) == (self.dataset_path is None):
             raise ValueError(
-                f"`dataset_name` is {self.dataset_name!r} and `dataset_path` is {self.dataset_path!r}, but just one of them "
-                "must be set: a data set on the hub, or a local file."
+                f"`dataset_name` is {self.dataset_name!r} and `dataset_path` is {self.dataset_path!r}, but exactly one of "
+                "them must be set: a data set on the hub, or a local file."
             )
         if self.dataset_path is not None and self.dataset_streaming:
             raise ValueError("`dataset_streaming` is for data sets on the hub. Leave it out with `dataset_path`.")
@@ -79,7 +79,7 @@ class AdapterConfig(ModelConfig):
         ValueError: no model, or `use_peft` is off.
     """
 
-    use_peft: bool = field(default=True, metadata={"help": "LoRA-GA is a start for LoRA: always on."})
+    use_peft: bool = field(default=True, metadata={"help": "Always on: LoRA-GA initializes LoRA."})
     lora_r: int = field(default=8, metadata={"help": "The adapter's rank."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
@@ -93,9 +93,7 @@ class AdapterConfig(ModelConfig):
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is not set. Name a model on the hub, or a folder with one.")
         if not self.use_peft:
-            raise ValueError(
-                "`use_peft` is False, but LoRA-GA is a start for LoRA. For full fine-tuning use `trl sft`."
-            )
+            raise ValueError("`use_peft` is False, but LoRA-GA initializes LoRA. For full fine-tuning, use `trl sft`.")
 
 
 def main(argv: list[str] | None = None, prog: str = "lora-ga sft") -> None:
@@ -132,7 +130,7 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
     assert peft_config is not None  # `use_peft` is on
     if model_args.model_revision != "main":  # for whoever loads or merges the adapter
         peft_config.revision = model_args.model_revision
-    with training_args.main_process_first():  # it makes the copies that the others read
+    with training_args.main_process_first():  # it makes the cached copies that the others read
         train_dataset, eval_dataset = load_data(data_args, training_args)
     trainer = LoRAGASFTTrainer(
         model=model_args.model_name_or_path,
@@ -145,23 +143,23 @@ def train(data_args: DataArguments, training_args: "LoRAGASFTConfig", model_args
     trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
     trainer.save_state()  # the whole log, for `lora-ga inspect` and `lora-ga compare`
     out = Path(training_args.output_dir)  # type: ignore[arg-type]  # TrainingArguments has filled it in
-    if training_args.push_to_hub:  # which saves as well
+    if training_args.push_to_hub:  # this saves as well
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
     else:
         trainer.save_model()
         trainer.create_model_card(out.resolve().name, data_args.dataset_name)
     trainer.accelerator.print(
-        f"The adapter is in {out}; {out / 'README.md'} tells how to load it.\nTo look at the run: lora-ga inspect {out}"
+        f"The adapter is in {out}; {out / 'README.md'} shows how to load it.\nTo look at the run: lora-ga inspect {out}"
     )
     trainer.accelerator.wait_for_everyone()  # before any process leaves the group
     trainer.end()
 
 
 def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tuple[Any, Any]:
-    """(to train on, to evaluate on or None).
+    """(training set, evaluation set or None).
 
     Raises:
-        ValueError: no such file, data set or split, or nothing to evaluate on.
+        ValueError: there is no such file, data set or split, or nothing to evaluate on.
     """
     from transformers.trainer_utils import IntervalStrategy
 

@@ -1,4 +1,4 @@
-"""Where items come from: local JSONL, JSON, Parquet or CSV, or the hub; with named columns."""
+"""Sources of items: local JSONL, JSON, Parquet or CSV files, or the hub; with named columns."""
 
 import glob
 from pathlib import Path
@@ -14,12 +14,12 @@ def local_items(path: str | Path, columns: tuple[str, ...]) -> Dataset:
     """The rows of a local file, if it has all of `columns`.
 
     Raises:
-        ValueError: no such file, an empty or damaged one, another kind of file, a name that `datasets` cannot open, or a
-            column is missing; the message names it and the columns found.
+        ValueError: the file is missing, empty, damaged or of an unknown kind, `datasets` cannot open its name, or a column is
+            missing; the message names it and the columns found.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which tells how to read it.")
+        raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which determines how it is read.")
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Check the path.")
     if "::" in str(path):
@@ -29,22 +29,22 @@ def local_items(path: str | Path, columns: tuple[str, ...]) -> Dataset:
     if FORMATS[path.suffix] != "parquet":
         _check_utf8(path)
     try:
-        # `datasets` takes names for patterns
+        # `datasets` treats names as patterns
         items = load_dataset(FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train")
-    except DatasetGenerationError as error:  # which says only that there was one
+    except DatasetGenerationError as error:  # it only says that there was one
         raise ValueError(
-            f"{path} cannot be read as {FORMATS[path.suffix]} ({error.__cause__}). Mend the file."
+            f"{path} cannot be read as {FORMATS[path.suffix]} ({error.__cause__}). Repair the file."
         ) from error
     check_columns(items, columns, str(path))
     return items
 
 
 def _check_utf8(path: Path) -> None:
-    """`datasets` would take other bytes for text, and fail where somebody reads it."""
+    """`datasets` would accept other bytes as text, and fail only when they are read."""
     line = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for line, _ in enumerate(file, start=1):  # noqa: B007 (told below)
+            for line, _ in enumerate(file, start=1):  # noqa: B007 (used below)
                 pass
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -56,7 +56,7 @@ def hub_items(name: str, config: str | None, split: str, columns: tuple[str, ...
     """The rows of a data set on the hub, or in a folder, if it can be loaded and has all of `columns`.
 
     Raises:
-        ValueError: it cannot, ending in `remedy`; or a column is missing.
+        ValueError: it cannot be loaded, ending in `remedy`; or a column is missing.
     """
     items = load_named(name, remedy, name=config, split=split)
     check_columns(items, columns, f"{name} {config}" if config else name)
@@ -76,13 +76,13 @@ def load_named(dataset_name: str, remedy: str, **options: Any) -> Any:
         )
     if Path(dataset_name).is_dir() and ("::" in dataset_name or glob.escape(dataset_name) != dataset_name):
         raise ValueError(
-            f"`dataset_name` is {dataset_name!r}, but `datasets` takes '*', '?', '[' and '::' in a folder's name for a pattern "
-            "and would read other folders. Rename it, or pass its file as `dataset_path`."
+            f"`dataset_name` is {dataset_name!r}, but `datasets` treats '*', '?', '[' and '::' in a folder's name as a "
+            "pattern and would read other folders. Rename it, or pass its file as `dataset_path`."
         )
     try:
         return load_dataset(dataset_name, **options)
     except (OSError, DatasetGenerationError) as error:
-        # a `DatasetGenerationError` says only that there was one
+        # a `DatasetGenerationError` only says that there was one
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         where = "" if Path(dataset_name).is_dir() else " from the hub"
         raise ValueError(f"The data set {dataset_name} cannot be loaded{where} ({reason}). {remedy}") from error

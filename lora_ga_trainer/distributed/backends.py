@@ -1,13 +1,15 @@
-"""What differs between one process, DDP, DeepSpeed ZeRO-1/2/3 and FSDP2: nothing else imports deepspeed or torch.distributed.
+"""The differences between one process, DDP, DeepSpeed ZeRO-1/2/3 and FSDP2.
 
-What a run communicates for LoRA-GA, beyond what every forward and backward of its backend does:
+Only this folder imports deepspeed or torch.distributed.
+
+What LoRA-GA communicates, beyond every forward and backward of the backend:
 
     1. counts        how many batches and label tokens each process has, and what went wrong there (small objects)
     2. sketches      all-reduced after each pass over the samples, in buckets: `sum_over_processes`
     3. factors       every process factors its share of the layers and broadcasts A0, B0: `owners_by_cost`, `broadcast`
 
-Most rules go by the parameter, not by the launcher, so that they hold in a loop of one's own as well: a ZeRO-3 parameter is
-partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, any other is whole on every process (plain, DDP, ZeRO-1/2).
+Most rules look at the parameter, not at the launcher, so they also hold in a custom training loop: a ZeRO-3 parameter is
+partitioned by DeepSpeed, an FSDP2 parameter is a `DTensor`, and any other is whole on every process (plain, DDP, ZeRO-1/2).
 """
 
 import sys
@@ -39,7 +41,7 @@ def rank() -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The `value` of every process, by rank. For small things: it is pickled."""
+    """The `value` of every process, by rank. Only for small objects: they are pickled."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -49,13 +51,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let an error inside on one process stop all: one that went on alone would wait for the others for ever.
+    """Make an error inside, on one process, stop all of them: otherwise the others would wait forever.
 
-    Every process has to come through here; nothing inside may communicate.
+    Every process must enter it; nothing inside may communicate.
 
     Raises:
-        ValueError, RuntimeError: as raised inside; on the other processes with the same text, so that all of them take an
-            "out of memory" for one and may try again with a smaller batch (`auto_find_batch_size`).
+        ValueError, RuntimeError: as raised inside; on the other processes with the same text, so that all of them recognize
+            an "out of memory" and can retry with a smaller batch (`auto_find_batch_size`).
     """
     try:
         yield
@@ -69,7 +71,7 @@ def failing_together() -> Iterator[None]:
 
 
 BUCKET_BYTES = 64 * 2**20
-"""How much `sum_over_processes` copies at once: enough for a network to be busy, and little beside the sums themselves."""
+"""How much `sum_over_processes` copies at once: enough to keep a network busy, and little compared with the sums."""
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:
@@ -79,7 +81,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> int:
         tensors: contiguous, of one dtype, on one device, of the same shapes on every process.
 
     Returns:
-        the bytes that this process put into the all-reduces; 0 when it is alone.
+        the bytes that this process put into the all-reduces; 0 for a single process.
     """
     if world_size() == 1:
         return 0
@@ -92,12 +94,12 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> int:
         dist.all_reduce(flat)
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
-        del flat, part  # or two of them would stand at once
+        del flat, part  # otherwise two of them would exist at once
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """`tensors` in their order, as many together as `BUCKET_BYTES` holds, or one that is larger."""
+    """`tensors` in order, in groups of up to `BUCKET_BYTES`; a larger one is its own group."""
     bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -111,7 +113,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def owners_by_cost(costs: dict[str, int]) -> dict[str, int]:
-    """The rank that does each task, so that the costliest process has as little as possible: largest task first."""
+    """The rank that does each task, so as to minimize the largest load: greedily, largest task first."""
     loads = [0] * world_size()
     owners = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -130,7 +132,7 @@ def broadcast(tensor: Tensor, source: int) -> None:
 
 
 def is_zero3(parameter: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 has partitioned `parameter`: outside of its gathering it is empty."""
+    """Whether DeepSpeed ZeRO-3 has partitioned `parameter`, which is then empty unless gathered."""
     if "deepspeed" not in sys.modules:  # then nothing is partitioned, and importing it would take seconds
         return False
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
@@ -139,8 +141,8 @@ def is_zero3(parameter: Tensor) -> bool:
 
 
 def exclude_from_ddp_broadcast(model: nn.Module, buffers: list[str]) -> None:
-    """Have DDP, which sends all buffers from the first process before every forward, leave out `buffers`: they are the same
-    on all processes, and as large as an adapter."""
+    """Exclude `buffers` from those that DDP broadcasts before every forward: they are the same on all processes, and as large
+    as an adapter."""
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
 
 
@@ -150,11 +152,11 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def input_embedding_weight(model: PeftModel) -> nn.Parameter:
-    """The weight of the input embedding itself: that of PEFT's wrappers (`trainable_token_indices`) is computed from it anew at
-    each call, which takes a whole one.
+    """The weight of the input embedding itself. PEFT's wrappers (`trainable_token_indices`) compute theirs from it at each
+    call, for which it must be whole.
 
     Raises:
-        NotImplementedError: by transformers, where a model has several or none, as CLIP.
+        NotImplementedError: by transformers, if the model has several or none, like CLIP.
     """
     embedding = model.get_input_embeddings()
     while isinstance(embedding, AuxiliaryTrainingWrapper):
@@ -163,14 +165,14 @@ def input_embedding_weight(model: PeftModel) -> nn.Parameter:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, of which a ZeRO-3 process holds a flat part."""
+    """The shape of the whole parameter; a ZeRO-3 process holds only a flat part."""
     if is_zero3(parameter):
         return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]  # DeepSpeed puts it there
     return parameter.shape
 
 
 def leading_rows(parameter: Tensor) -> Tensor:
-    """The first rows of a parameter, detached: all of them, or of a ZeRO-3 parameter those that the first process holds."""
+    """The first rows of a parameter, detached: all of them, or for ZeRO-3 those that the first process holds."""
     if not is_zero3(parameter):
         return parameter.detach()
     shape, part = full_shape(parameter), parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # as above
@@ -180,34 +182,34 @@ def leading_rows(parameter: Tensor) -> Tensor:
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """The whole of one parameter, detached, where the forward pass uses it. Every process has to call it, in the same order.
+    """One whole parameter, detached, where the forward pass uses it. Every process must call it, in the same order.
 
-    A sharded or offloaded parameter comes as a copy, which stands on every process until it is dropped.
+    A sharded or offloaded parameter comes as a copy, which every process holds until it is dropped.
     """
     if is_zero3(parameter):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
-    value = parameter.detach().to(compute_device(parameter))  # an offloaded shard: NCCL sends nothing from the host
+    value = parameter.detach().to(compute_device(parameter))  # for an offloaded shard: NCCL cannot send from the host
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def write_parameter(parameter: Tensor, value: Tensor) -> None:
     """Copy the whole `value` into `parameter`, cast to its dtype and sharded as it is.
 
-    Every process has to call it, with equal values, in the same order.
+    Every process must call it, with equal values, in the same order.
 
-    The copies in fp32 that ZeRO keeps of *trainable* parameters are not refreshed. LoRA-GA writes frozen parameters, which
-    have none, and on resuming the values that the optimizer's restored state was saved with; after a restart
-    `forget_optimizer_state` refreshes them.
+    ZeRO's fp32 copies of *trainable* parameters are not refreshed. LoRA-GA writes frozen parameters, which have none, and on
+    resuming the values with which the restored optimizer state was saved; after a restart, `forget_optimizer_state` refreshes
+    the copies.
     """
     with torch.no_grad():
         if is_zero3(parameter):
             from deepspeed.runtime.zero import GatheredParameters
 
             # On leaving, rank 0's value goes to every process's part.
-            # Not `safe_set_full_fp32_param`: it leaves the weights of the forward pass as they were.
+            # Not `safe_set_full_fp32_param`: it does not change the weights of the forward pass.
             with GatheredParameters([parameter], modifier_rank=0):
                 if rank() == 0:
                     parameter.copy_(value)
@@ -220,7 +222,7 @@ def write_parameter(parameter: Tensor, value: Tensor) -> None:
 
 
 def compute_device(parameter: Tensor) -> torch.device:
-    """Where the forward pass uses `parameter`, which offloading may keep elsewhere."""
+    """Where the forward pass uses `parameter`, even if offloading keeps it elsewhere."""
     if is_zero3(parameter):
         from deepspeed.accelerator import get_accelerator
 
@@ -231,22 +233,22 @@ def compute_device(parameter: Tensor) -> torch.device:
 
 
 def batch_device(model: nn.Module) -> torch.device:
-    """Where `model`, which may be split over devices, takes its batches: where its first parameter is used.
+    """The device for the batches of `model`, which may be split over several: where its first parameter is used.
 
-    Parameters that accelerate's `device_map` offloads are empty ones on "meta" and say nothing; its hooks move what comes in.
+    Parameters that accelerate's `device_map` offloads are empty, on "meta", and do not count; its hooks move the inputs.
     """
     devices = (compute_device(parameter) for parameter in model.parameters())
     return next(device for device in devices if device.type != "meta")
 
 
 def may_freeze_while_probing(model: nn.Module) -> bool:
-    """Whether parameters may be frozen during the estimation. Everywhere they should be, but under FSDP2 they must not.
+    """Whether parameters may be frozen during the estimation. They should be, except under FSDP2, where they must not.
 
-    ZeRO: a gradient on a trainable parameter, reached by a backward that the engine did not start, is an assertion in
-    stages 2 and 3, or slips into the first training step. Frozen, its hooks stay silent.
-    FSDP2: at the first forward each group of parameters takes the dtype of its gradients from those that are trainable; if
-    none is, training with mixed precision fails later ("attempting to assign a gradient with dtype"). There backward is told
-    to compute no parameter's gradient instead, see `probe`.
+    ZeRO: if a backward that the engine did not start reaches a trainable parameter, its gradient fails an assertion in stages
+    2 and 3, or leaks into the first training step. The hooks of a frozen parameter stay silent.
+    FSDP2: at the first forward, each group of parameters takes the dtype of its gradients from the trainable ones. If there
+    are none, training with mixed precision fails later ("attempting to assign a gradient with dtype"). There, `probe` instead
+    keeps backward from computing any parameter's gradient.
     """
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -257,12 +259,12 @@ def may_freeze_while_probing(model: nn.Module) -> bool:
 def optimizer_learning_rates(optimizer: Optimizer, parameters: list[Parameter]) -> list[float] | None:
     """The peak rate at which `optimizer` trains each of the `parameters`; 0 for one that it does not hold.
 
-    To be asked before accelerate prepares the optimizer: ZeRO and FSDP2 put other parameters into it. Where DeepSpeed's
-    configuration makes the optimizer there is none yet, and the answer is None.
+    Call it before accelerate prepares the optimizer: ZeRO and FSDP2 put other parameters into it. None if DeepSpeed's
+    configuration defines the optimizer, since it does not exist yet.
     """
     if isinstance(optimizer, DummyOptim):
         return None
-    # a schedule keeps the rate that it starts from in "initial_lr", and one that climbs further its peak in "max_lr"
+    # a schedule keeps its starting rate in "initial_lr", and one that climbs higher its peak in "max_lr"
     rates = {
         id(parameter): max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
         for group in optimizer.param_groups
@@ -274,11 +276,11 @@ def optimizer_learning_rates(optimizer: Optimizer, parameters: list[Parameter]) 
 def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> None:
     """Drop momenta and step counts of the trainable `parameters`, whose values have just been written.
 
-    ZeRO keeps one flat fp32 copy and one state for many parameters, so there all of them are dropped and all copies taken
-    anew; `check_restart` sees to it that nothing else trains.
+    ZeRO keeps one flat fp32 copy and one state for many parameters, so all states are dropped and all copies refreshed;
+    `check_restart` ensures that nothing else trains.
     """
-    inner: Any = optimizer  # what accelerate and DeepSpeed wrap around an optimizer has attributes of its own
-    while isinstance(inner, AcceleratedOptimizer):  # DeepSpeed's wrapper is one, too
+    inner: Any = optimizer  # accelerate's and DeepSpeed's wrappers have their own attributes
+    while isinstance(inner, AcceleratedOptimizer):  # so is DeepSpeed's wrapper
         inner = inner.optimizer
     if is_zero_optimizer(inner):
         inner.refresh_fp32_params()
@@ -291,7 +293,7 @@ def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> No
 
 
 def is_zero_optimizer(optimizer: Optimizer) -> bool:
-    """Whether DeepSpeed's ZeRO, of stage 1 to 3, stands around the real optimizer."""
+    """Whether DeepSpeed's ZeRO, stage 1 to 3, wraps the real optimizer."""
     if "deepspeed" not in sys.modules:
         return False
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -303,12 +305,12 @@ def is_zero_optimizer(optimizer: Optimizer) -> bool:
 
 
 def end_sharding(trained: nn.Module) -> None:
-    """Forget the ZeRO-3 of a training that is over, so that `from_pretrained` loads a whole model on every process again.
+    """Undo ZeRO-3 after training, so that `from_pretrained` loads a whole model on every process again.
 
-    DeepSpeed 0.19 leaves the engine in hooks and a list of its own even when it is destroyed, so its tensors are dropped here.
+    Hooks and a list in DeepSpeed 0.19 keep the engine alive even after it is destroyed, so its tensors are dropped here.
 
     Args:
-        trained: the trainer's `model_wrapped`, which is not to be used again.
+        trained: the trainer's `model_wrapped`, which must not be used again.
     """
     unset_hf_deepspeed_config()
     if "deepspeed" in sys.modules:

@@ -1,4 +1,4 @@
-"""How a run is launched, what LoRA-GA cannot do under which launch, and who can resume whose checkpoints."""
+"""How a run is launched, what LoRA-GA cannot do under each launch, and which launch can resume which checkpoints."""
 
 import glob
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ WHOLE_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is spread over processes; decides whether another run can read its optimizer state."""
+    """How a run is spread over processes. It decides which other runs can read its optimizer state."""
 
     backend: str
     """`DDP` (one process is a DDP of one), `ZeRO-0` to `ZeRO-3`, or `FSDP2`."""
@@ -41,20 +41,20 @@ class Launch:
 
 
 def launch_of(accelerator: Accelerator, model: nn.Module) -> Launch:
-    """How this run was launched. A model that is sharded before accelerate sees it, as by transformers' `DistributedConfig`, is
-    FSDP2's.
+    """How this run was launched. A model that was sharded before accelerate sees it, as by transformers' `DistributedConfig`,
+    counts as FSDP2.
 
     Raises:
-        ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, where LoRA-GA's estimation
-            has not been worked out.
+        ValueError: with FSDP1, tensor, context or sequence parallelism, a TPU or Megatron-LM, for which LoRA-GA's estimation
+            is not implemented.
     """
     kind = accelerator.distributed_type
     meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
     if splits_examples(accelerator) or any(map(splits_model, meshes)):
         raise ValueError(
             "This run splits its model or its sequences over processes (tensor, context or sequence parallelism), but LoRA-GA "
-            "takes every process for one with examples of its own. Launch it with data parallelism only: DDP, DeepSpeed ZeRO "
-            "or FSDP2."
+            "assumes that every process has its own examples. Launch it with data parallelism only: DDP, DeepSpeed ZeRO or "
+            "FSDP2."
         )
     if meshes and kind in WHOLE_PARAMETERS:
         return Launch("FSDP2", accelerator.num_processes)
@@ -72,7 +72,7 @@ def launch_of(accelerator: Accelerator, model: nn.Module) -> Launch:
 
 
 def splits_examples(accelerator: Accelerator) -> bool:
-    """Whether accelerate's configuration, or DeepSpeed's own, has several processes share one example."""
+    """Whether accelerate's or DeepSpeed's own configuration makes several processes share one example."""
     parallelism, plugin = accelerator.parallelism_config, accelerator.state.deepspeed_plugin
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         return True
@@ -80,7 +80,7 @@ def splits_examples(accelerator: Accelerator) -> bool:
 
 
 def splits_model(mesh: DeviceMesh) -> bool:
-    """Whether parameters on `mesh` are cut for tensor or expert parallelism; transformers gives its dimensions these names."""
+    """Whether parameters on `mesh` are split for tensor or expert parallelism, by transformers' names of its dimensions."""
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     return sizes.get("tp", 1) * sizes.get("ep", 1) > 1
 
@@ -92,7 +92,7 @@ def launch_has_schedule(accelerator: Accelerator) -> bool:
 
 
 def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
-    """Refuse reentrant gradient checkpointing under FSDP2: it runs no backward that is limited to some inputs.
+    """Refuse reentrant gradient checkpointing under FSDP2: it cannot run a backward limited to some inputs.
 
     Raises:
         ValueError: both are on.
@@ -105,9 +105,9 @@ def check_checkpointing(launch: Launch, use_reentrant: bool) -> None:
 
 
 def check_fsdp2(accelerator: Accelerator, torch_compile: bool) -> None:
-    """Refuse what accelerate 1.15 puts around an FSDP2 model, so that its layers have other names, or it is no `PeftModel`.
+    """Refuse accelerate 1.15's wrappers for an FSDP2 model that rename its layers, or that are no `PeftModel`.
 
-    PEFT finds an adapter by its layers' names, and would save an empty one without a word.
+    PEFT finds an adapter by the names of its layers, and would silently save an empty one.
 
     Raises:
         ValueError: FSDP's own activation checkpointing, or `torch_compile`.
@@ -116,7 +116,7 @@ def check_fsdp2(accelerator: Accelerator, torch_compile: bool) -> None:
         return
     if accelerator.state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
-            "`fsdp_activation_checkpointing: true` renames the layers, so that PEFT would save an empty adapter. Use "
+            "`fsdp_activation_checkpointing: true` renames the layers, so PEFT would save an empty adapter. Use "
             "`gradient_checkpointing=True` of the training arguments instead."
         )
     if torch_compile:
@@ -127,9 +127,9 @@ def check_fsdp2(accelerator: Accelerator, torch_compile: bool) -> None:
 
 
 def check_offloading(option: str) -> None:
-    """Refuse `option`, which moves activations from the accelerator to the host, where torch finds no accelerator.
+    """Refuse `option`, which moves activations from the accelerator to the host, if torch finds no accelerator.
 
-    TRL 1.16 and transformers 5.23 run into an error there that does not say so.
+    TRL 1.16 and transformers 5.23 then fail with an error that does not say so.
 
     Raises:
         ValueError: there is none.
@@ -137,15 +137,15 @@ def check_offloading(option: str) -> None:
     if not torch.accelerator.is_available():
         raise ValueError(
             f"{option} moves activations from a GPU to the host, but torch finds no GPU or other accelerator here. Leave it "
-            "out: the activations are on the host already."
+            "out: the activations are already on the host."
         )
 
 
 def check_shared_embeddings(launch: Launch, model: PeftModel) -> None:
     """Refuse under FSDP2 what accelerate cannot shard: encoder and decoder with one embedding, as in T5 and BART.
 
-    accelerate 1.15 puts the embedding and the head into a group of their own, and torch 2.13 wants all holders of a shared
-    weight in one ("is shared with a parameter already managed by another FSDP group").
+    accelerate 1.15 puts the embedding and the head into a group of their own, but torch 2.13 requires all holders of a
+    shared weight in one group ("is shared with a parameter already managed by another FSDP group").
 
     Raises:
         ValueError: more than one embedding module holds the input embedding's weight.
@@ -164,10 +164,10 @@ def check_shared_embeddings(launch: Launch, model: PeftModel) -> None:
 
 
 def check_restart(launch: Launch, others: list[str]) -> None:
-    """Refuse restarts where the optimizer's state of dA, dB cannot be told from that of the `others` that train as well.
+    """Refuse restarts if the optimizer state of dA, dB cannot be separated from that of the `others` that also train.
 
     Raises:
-        ValueError: under ZeRO-1/2/3 something else trains, or ZeRO-0, whose optimizers keep their copies in other ways.
+        ValueError: under ZeRO-1/2/3 if something else trains; under ZeRO-0, whose optimizers keep their copies differently.
     """
     if launch.backend == "ZeRO-0":
         raise ValueError(
@@ -175,8 +175,8 @@ def check_restart(launch: Launch, others: list[str]) -> None:
         )
     if launch.backend.startswith("ZeRO") and others:
         raise ValueError(
-            f"`ga_restart_steps` resets the optimizer's state of the adapter's factors, but {launch.backend} keeps it in one "
-            f"piece with that of {others[0]}, which trains as well. Leave out `modules_to_save`, `bias` and `lora_bias`, or "
+            f"`ga_restart_steps` resets the optimizer state of the adapter's factors, but {launch.backend} does not keep it "
+            f"separate from that of {others[0]}, which also trains. Leave out `modules_to_save`, `bias` and `lora_bias`, or "
             "launch with DDP or FSDP2."
         )
 
@@ -198,13 +198,13 @@ def check_resumable_launch(saved: Launch, present: Launch) -> None:
 
 
 def check_resume_path(present: Launch, directory: Path) -> None:
-    """Refuse a checkpoint that DeepSpeed 0.19 would look for under other names: it takes the path for a pattern.
+    """Refuse a checkpoint that DeepSpeed 0.19 would not find: it takes the path for a pattern.
 
     Raises:
-        ValueError: under ZeRO the path has a '*', '?' or '['.
+        ValueError: under ZeRO, if the path has a '*', '?' or '['.
     """
     if present.backend.startswith("ZeRO") and glob.escape(str(directory)) != str(directory):
         raise ValueError(
-            f"The checkpoint {directory} cannot be resumed under {present.backend}: DeepSpeed takes '*', '?' and '[' in its "
-            "path for a pattern and would read other files. Rename the folder."
+            f"The checkpoint {directory} cannot be resumed under {present.backend}: DeepSpeed treats '*', '?' and '[' in its "
+            "path as a pattern and would read other files. Rename the folder."
         )

@@ -1,8 +1,8 @@
 """Looking at runs: what `lora-ga inspect` and `lora-ga compare` show.
 
 runs          a run's folder: its checkpoints, its log
-norms         ‖A0‖, ‖B0‖, ‖dA‖, ‖dB‖ per layer, out of a checkpoint's files
+norms         ‖A0‖, ‖B0‖, ‖dA‖, ‖dB‖ per layer, from a checkpoint's files
 layer_names   layers by depth and kind
-figures       the plots; only it imports matplotlib
+figures       the plots; the only module that imports matplotlib
 page          one HTML page around them
 """

@@ -11,10 +11,10 @@ COLUMNS = ["run", "steps", "training loss", "evaluation loss", "lowest", "second
 
 
 def compare(paths: list[Path], out: Path) -> tuple[str, Path]:
-    """(the table as Markdown, the plot) of the runs in `paths`; any run of a `transformers.Trainer` may be among them.
+    """(the table as Markdown, the plot) of the runs in `paths`; any run of a `transformers.Trainer` works.
 
     Raises:
-        ValueError: a run without a log or without a loss in it, or the same run twice.
+        ValueError: a run has no log or no loss in it, or is given twice.
         ModuleNotFoundError: matplotlib is missing.
     """
     logs = {name: read_log(path) for name, path in zip(run_names(paths), paths, strict=True)}
@@ -34,7 +34,7 @@ def compare(paths: list[Path], out: Path) -> tuple[str, Path]:
 
 
 def run_names(paths: list[Path]) -> list[str]:
-    """What the runs' paths do not share, at least the last part of each.
+    """The parts of the runs' paths that differ, at least the last part of each.
 
     Raises:
         ValueError: the same run twice.
@@ -50,7 +50,7 @@ def run_names(paths: list[Path]) -> list[str]:
 
 
 def row(name: str, log: Log) -> list[str]:
-    """One line of the table. Seconds are those of `ga/seconds`, or of `train_runtime` at the end of a run without it."""
+    """One line of the table. Seconds come from `ga/seconds`, or else from `train_runtime` at the end of the run."""
     evaluation = log.curve("eval_loss").values
     seconds = log.last("ga/seconds") or log.last("train_runtime")
     numbers = {

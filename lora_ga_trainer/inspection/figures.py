@@ -25,14 +25,14 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW, BLACK = COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
 )  # fmt: skip
 RUN_COLOURS = (BLUE, VERMILION, GREEN, BLACK, PINK, ORANGE, SKY)
-"""Without the yellow, which is hard to see on white."""
+"""Without yellow, which is hard to see on white."""
 LINES = ("-", "--", ":", "-.")
-"""After all colours are used."""
+"""For further runs once all colours are used."""
 WIDTH = 11.0
-"""Inches; at `DPI` wider than the page, so that it is sharp there."""
+"""In inches; at `DPI` wider than the page, so that it is sharp there."""
 DPI = 130
 MANY = 12
-"""Depths beyond which numbers do not fit into the cells of a heat map."""
+"""With more depths, numbers do not fit into the cells of a heat map."""
 
 
 def heat_map(values: dict[str, float], title: str, label: str, *, logarithmic: bool = False) -> Figure:
@@ -64,7 +64,7 @@ def heat_map(values: dict[str, float], title: str, label: str, *, logarithmic: b
 
 
 def spectra(singular_values: dict[str, list[float]], gradient_norm: dict[str, float]) -> Figure:
-    """σᵢ/‖G‖ over i: a panel for each kind of layer, a line for each depth, coloured by it."""
+    """σᵢ/‖G‖ over i: a panel for each kind of layer, a line for each depth, coloured by depth."""
     grid = layer_grid(list(singular_values))
     columns = min(4, len(grid.kinds))
     rows = math.ceil(len(grid.kinds) / columns)
@@ -81,7 +81,7 @@ def spectra(singular_values: dict[str, list[float]], gradient_norm: dict[str, fl
         marker = "." if len(numbers) <= MANY else None
         by_kind[kind].plot(range(1, len(values) + 1), relative, color=colour, linewidth=1, marker=marker, markersize=4)
     for index, (kind, axes) in enumerate(by_kind.items()):
-        axes.tick_params(labelbottom=index + columns >= len(grid.kinds))  # where no panel is below
+        axes.tick_params(labelbottom=index + columns >= len(grid.kinds))  # only where no panel is below
         axes.set_title(kind, fontsize=9)
         axes.set_yscale("log")
         axes.grid(True, color="0.9")
@@ -142,7 +142,7 @@ def loss_curve(train: Curve, evaluation: Curve) -> Figure:
 
 
 def compared_losses(runs: dict[str, tuple[Curve, Curve]]) -> Figure:
-    """Run -> (training, evaluation): one row for each that any run has, over steps and, for runs with a clock, over seconds."""
+    """Run -> (training, evaluation): a row for each that any run has, over steps and, for runs with a clock, over seconds."""
     rows = [index for index in (0, 1) if any(curves[index].values for curves in runs.values())]
     timed = any(curve.seconds for curves in runs.values() for curve in curves)
     columns = 2 if timed else 1

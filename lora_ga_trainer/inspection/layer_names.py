@@ -7,9 +7,9 @@ class Grid(NamedTuple):
     """Where each layer stands in a table of kinds × depths."""
 
     kinds: list[str]
-    """As short as they can be told apart, in the order of the model."""
+    """As short as is unambiguous, in the order of the model."""
     depths: list[int | None]
-    """Ascending; None last, for layers outside of the stack of blocks."""
+    """Ascending; None last, for layers outside the stack of blocks."""
     places: dict[str, tuple[str, int | None]]
     """(kind, depth) of each layer by its name."""
 
@@ -28,7 +28,7 @@ Parts = tuple[str, ...]
 
 
 def _split(name: str) -> tuple[Parts, int | None, Parts]:
-    """(what comes before the depth, the depth, what comes after it)."""
+    """(the parts before the depth, the depth, the parts after it)."""
     parts = tuple(name.split("."))
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -47,7 +47,7 @@ def _labels(keys: list[tuple[Parts, Parts]]) -> list[str]:
 
 
 def _shortest_end(kind: Parts, kinds: list[Parts]) -> str:
-    """The last parts of `kind` that no other ends with."""
+    """The shortest end of `kind` that no other kind shares."""
     for length in range(1, len(kind)):
         if sum(other[-length:] == kind[-length:] for other in kinds) == 1:
             return ".".join(kind[-length:])

@@ -1,4 +1,4 @@
-"""How large A0, B0, dA and dB of each layer are, out of a checkpoint's files.
+"""The norms of A0, B0, dA and dB of each layer, from a checkpoint's files.
 
 Shapes: O out features, I in features, R the rank that trains.
 """
@@ -19,10 +19,10 @@ PARTS = {
     "B0": (".lora_B.frozen",),
     "dB": (".lora_B.trainable", ".lora_B.weight"),  # the latter without the offset
 }
-"""Ends of the names that `layouts` gives to a layer's parts."""
+"""Endings of the names that `layouts` gives to a layer's parts."""
 
 Norms = dict[str, list[float]]
-"""Of each part that there is, one Frobenius norm per layer."""
+"""For each existing part, one Frobenius norm per layer."""
 
 
 def factor_norms(adapter: Path, state: LoRAGAState) -> Norms:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: plain HTML and CSS, its images in it."""
+"""One self-contained HTML page: plain HTML and CSS, with embedded images."""
 
 import base64
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Picture:
 
 
 def facts_table(facts: dict[str, str]) -> str:
-    """Names and values."""
+    """A table of names and values."""
     rows = "".join(
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()
     )
@@ -41,7 +41,7 @@ def facts_table(facts: dict[str, str]) -> str:
 
 
 def number_table(header: list[str], rows: list[list[str]], identifier: str) -> str:
-    """A first column of text, and numbers in the others."""
+    """A table whose first column is text and whose others are numbers."""
 
     def cells(tag: str, row: list[str]) -> str:
         return "".join(f"<{tag}{' class=number' if i else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))

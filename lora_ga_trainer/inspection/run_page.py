@@ -1,4 +1,4 @@
-"""What there is to see of one run, as a page: what the initialization found, how the factors grew, the losses."""
+"""One run as a page: the results of the initialization, the growth of the factors, the losses."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def inspect(path: Path, out: Path) -> Path:
     """Draw the run in `path`, or up to the checkpoint `path`, into the folder `out`; returns the page.
 
     Raises:
-        ValueError: there is nothing of LoRA-GA to see in `path`; see `read_snapshots`.
+        ValueError: `path` holds no LoRA-GA run; see `read_snapshots`.
         ModuleNotFoundError: matplotlib is missing.
     """
     snapshots = read_snapshots(path)
@@ -41,13 +41,15 @@ def inspect(path: Path, out: Path) -> Path:
     notes = []
     try:
         log = read_log(path)
-    except ValueError as error:  # a loop of one's own keeps none
+    except ValueError as error:  # a custom training loop keeps none
         log = Log([])
         notes.append(str(error))
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw(last.report, {step: found.norms for step, found in snapshots.items()}, log, out)
     if not last.report.singular_values:
-        notes.append(f"{last.adapter / STATE_FILE} was written before the gradients' singular values were kept in it.")
+        notes.append(
+            f"{last.adapter / STATE_FILE} was written by a version that did not keep the gradients' singular values."
+        )
     page = out / "index.html"
     page.write_text(
         html_page(f"LoRA-GA: {path.resolve().name}", sections(path, last, notes, pictures)), encoding="utf-8"
@@ -56,10 +58,10 @@ def inspect(path: Path, out: Path) -> Path:
 
 
 def read_snapshots(path: Path) -> dict[int, Snapshot]:
-    """By step the readable checkpoints of the run `path`, or those up to the checkpoint `path`; else the adapter in `path`.
+    """By step, the readable checkpoints of the run `path`, or those up to the checkpoint `path`; else the adapter in `path`.
 
     Raises:
-        ValueError: no such folder, nothing saved yet, or an adapter that is not one of LoRA-GA.
+        ValueError: the folder is missing, nothing has been saved yet, or LoRA-GA did not make the adapter.
     """
     check_folder(path)
     step = step_of(path)
@@ -67,7 +69,7 @@ def read_snapshots(path: Path) -> dict[int, Snapshot]:
         folders = {n: folder for n, folder in checkpoints_of(path.resolve().parent).items() if n < step} | {step: path}
     else:
         folders = checkpoints_of(path)
-        if not folders and adapter_folder(path) is not None:  # `save_model` at the end, or a loop of one's own
+        if not folders and adapter_folder(path) is not None:  # `save_model` at the end, or a custom training loop
             folders = {last_step(path): path}
     snapshots, problems = {}, []
     for n, folder in folders.items():
@@ -83,14 +85,14 @@ def read_snapshots(path: Path) -> dict[int, Snapshot]:
         check_is_ours(path, bool(folders))
         raise ValueError(f"{path} has no readable checkpoint: {problems[0]}")
     for problem in problems:
-        logger.warning(f"Passing over a checkpoint. {problem}")
+        logger.warning(f"Skipping a checkpoint. {problem}")
     return snapshots
 
 
 def check_is_ours(path: Path, has_checkpoints: bool) -> None:
     """
     Raises:
-        ValueError: `path`, where nothing of LoRA-GA was found, has never held it.
+        ValueError: `path` holds no checkpoint, or an adapter that LoRA-GA did not make.
     """
     configs = [*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}")]
     if configs and not any((config.parent / STATE_FILE).is_file() for config in configs):
@@ -106,7 +108,7 @@ def check_is_ours(path: Path, has_checkpoints: bool) -> None:
 
 
 def draw(report: InitReport, norms: dict[int, Norms], log: Log, out: Path) -> list[Picture]:
-    """The pictures of all that is known, saved in `out`."""
+    """Draw everything that is known and save it in `out`."""
     pictures = []
 
     def add(name: str, figure: figures.Figure, heading: str, caption: str) -> None:
@@ -125,8 +127,8 @@ def draw(report: InitReport, norms: dict[int, Norms], log: Log, out: Path) -> li
             "spectra",
             figures.spectra(report.singular_values, report.gradient_norm),
             "Spectra of the gradients",
-            "The 2r singular values that A₀ and B₀ were taken from, as shares of the gradient's norm. A steep line says that r "
-            "could be smaller, a flat one that a larger r would reach more.",
+            "The 2r singular values that A₀ and B₀ were taken from, as shares of the gradient's norm. A steep line means that "
+            "r could be smaller, a flat one that a larger r would capture more.",
         )
         add(
             "gradient_norm",
@@ -144,7 +146,7 @@ def draw(report: InitReport, norms: dict[int, Norms], log: Log, out: Path) -> li
     )
     train, evaluation = log.curve("loss"), log.curve("eval_loss")
     if train.values or evaluation.values:
-        add("loss", figures.loss_curve(train, evaluation), "Loss", "As the trainer logged it.")
+        add("loss", figures.loss_curve(train, evaluation), "Loss", "As logged by the trainer.")
     return pictures
 
 

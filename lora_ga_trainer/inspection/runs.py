@@ -1,4 +1,4 @@
-"""A run's folder: its checkpoints, and the log that the trainer kept."""
+"""A run's folder: its checkpoints and its trainer's log."""
 
 import json
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ class Log:
 
 
 def adapter_folder(directory: Path) -> Path | None:
-    """Where the LoRA-GA adapter's files are: in `directory`, or in the folder of an adapter that is not named "default"."""
+    """The folder of the LoRA-GA adapter's files: `directory`, or a subfolder if the adapter is not named "default"."""
     folders = (directory, *sorted(path for path in directory.iterdir() if path.is_dir() and step_of(path) is None))
     return next((folder for folder in folders if (folder / STATE_FILE).is_file()), None)
 
 
 def read_log(path: Path) -> Log:
-    """The longest log in `path`: a run's own `trainer_state.json`, or that of its last checkpoint; of a checkpoint its own.
+    """The longest log in `path`: a run's own `trainer_state.json` or that of its last checkpoint; for a checkpoint, its own.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -55,14 +55,14 @@ def read_log(path: Path) -> Log:
     logs = [_read_log_file(file) for file in files if file.is_file()]
     if not logs:
         raise ValueError(
-            f"{path} has no {LOG_FILE}, neither in itself nor in a `checkpoint-N`, so nothing is known of its losses. Pass the "
+            f"{path} has no {LOG_FILE}, neither in itself nor in a `checkpoint-N`, so its losses are unknown. Pass the "
             "`output_dir` of a run that has saved at least one checkpoint, or call `trainer.save_state()`."
         )
     return max(logs, key=lambda log: (max((entry["step"] for entry in log.entries), default=-1), len(log.entries)))
 
 
 def last_step(path: Path) -> int:
-    """The last step that the log in `path` knows; 0 without one, since a loop of one's own keeps none.
+    """The last step that the log in `path` knows; 0 without a log, since a custom training loop keeps none.
 
     Raises:
         ValueError: the log is damaged.
@@ -84,4 +84,4 @@ def _read_log_file(path: Path) -> Log:
     try:
         return Log(json.loads(path.read_text(encoding="utf-8"))["log_history"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). Remove it, or copy it again from where it came.") from error
+        raise ValueError(f"{path} is damaged ({error!r}). Remove it, or copy it again from its source.") from error

@@ -1,4 +1,4 @@
-"""Training sets: what can be told of them before TRL prepares them, and drawing the examples to estimate the gradient on."""
+"""Training sets: checks before TRL prepares them, and drawing the examples to estimate the gradient on."""
 
 from collections.abc import Iterable, Sized
 from itertools import islice
@@ -12,10 +12,10 @@ from trl import SFTConfig
 
 CONVERSATIONS = ("messages", "conversations")
 TURNS = ("prompt", "completion", "chosen", "rejected")
-"""Columns that may hold text or conversations, all the same in a data set."""
+"""Columns that may hold text or conversations, but all of one kind in a data set."""
 FORMS = 'a "prompt" and a "completion", "messages", or `dataset_text_field`'
 SHUFFLE_BUFFER = 1000
-"""Examples that a streaming dataset holds at once to draw the sample from."""
+"""Buffer size for shuffling a streaming dataset, to draw the sample."""
 TEXT = ("string", "large_string", "null")
 ROLES = {"training": "to train", "evaluation": "to evaluate"}
 
@@ -23,12 +23,12 @@ ROLES = {"training": "to train", "evaluation": "to evaluate"}
 def draw_examples(dataset: Any, wanted: int, seed: int, mine: slice) -> tuple[list[Any], int]:
     """`wanted` random examples, or as many as there are: (those at `mine`, how many were drawn in all).
 
-    The same ones on every process. Of what can be indexed only those at `mine` are read.
+    Every process draws the same ones. If the dataset can be indexed, only those at `mine` are read.
     """
     if isinstance(dataset, IterableDataset):
         drawn = list(dataset.shuffle(seed=seed, buffer_size=max(wanted, SHUFFLE_BUFFER)).take(wanted))
         return drawn[mine], len(drawn)
-    if isinstance(dataset, torch.utils.data.IterableDataset):  # which cannot be shuffled
+    if isinstance(dataset, torch.utils.data.IterableDataset):  # it cannot be shuffled
         drawn = list(islice(dataset, wanted))
         return drawn[mine], len(drawn)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -46,13 +46,13 @@ def check_not_empty(dataset: Any, problem: str, role: str = "training") -> None:
 
 
 def check_examples(dataset: Any, args: SFTConfig, role: str) -> None:
-    """Refuse a "training" or "evaluation" set that TRL's `SFTTrainer` would stumble over: an empty stream, other columns, no
-    text, malformed conversations.
+    """Refuse a "training" or "evaluation" set that TRL's `SFTTrainer` would fail on: an empty stream, other columns, no text,
+    malformed conversations.
 
-    Of a stream only the first example is looked at. What is no `Dataset` is TRL's to refuse.
+    Only the first example of a stream is checked. Anything but a `Dataset` is left to TRL.
 
     Raises:
-        ValueError: naming the column, what is in it or what there is instead.
+        ValueError: naming the column and its contents, or the columns found.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # type: ignore[union-attr]  # a string has been parsed
         return
@@ -79,7 +79,7 @@ def check_turns(dataset: Any, role: str) -> None:
 
 
 def _rows(dataset: Dataset | IterableDataset, role: str) -> tuple[Dataset | list[dict[str, Any]], list[str]]:
-    """(what is looked at, the names of its columns): all of `dataset`, or of a stream the first row."""
+    """(rows to check, column names): all of `dataset`, or the first row of a stream."""
     if isinstance(dataset, Dataset):
         return dataset.with_format(None), dataset.column_names
     first = next(iter(dataset), None)
@@ -91,8 +91,8 @@ def _rows(dataset: Dataset | IterableDataset, role: str) -> tuple[Dataset | list
 def check_forms(rows: Dataset | list[dict[str, Any]], columns: list[str], role: str) -> None:
     """
     Raises:
-        ValueError: a value of `columns` is missing, neither text nor a conversation, or not what the others are; naming the
-            column, the first such row and the form that is wanted.
+        ValueError: a value of `columns` is missing, is neither text nor a conversation, or differs in kind from the others;
+            naming the column, the first such row and the expected form.
     """
     if isinstance(rows, Dataset):
         for column in columns:
@@ -104,7 +104,7 @@ def check_forms(rows: Dataset | list[dict[str, Any]], columns: list[str], role: 
 
 
 def _are_well_formed(dataset: Dataset, columns: list[str]) -> bool:
-    """Whether a glance at whole columns, which takes no time per row, rules out what `_check_rows` refuses."""
+    """Whether a check of whole columns, without a loop over rows, rules out everything that `_check_rows` refuses."""
     if all(isinstance(dataset.features[column], Value) for column in columns):
         return not set(columns) & set(CONVERSATIONS)
     return all(_holds_conversations(dataset.data.column(column), _keys(column)) for column in columns)
@@ -129,7 +129,7 @@ def _keys(column: str) -> tuple[str, str]:
 
 
 def _check_rows(rows: Iterable[dict[str, Any]], columns: list[str], role: str) -> None:
-    """`check_forms`, row by row. What the first row holds, TRL expects in all."""
+    """`check_forms`, row by row. TRL expects every row to be of the first one's kind."""
     conversational = False
     for number, row in enumerate(rows):
         if number == 0:
@@ -160,7 +160,7 @@ def _problem(conversation: Any, keys: tuple[str, str]) -> str | None:
             return f"a list of {_kind(message)}"
         if not isinstance(message.get(keys[0]), str):
             return f"a message without {keys[0]!r} (it has {sorted(message)})"
-        # a message that calls tools need not say anything
+        # a message that calls tools may have no content
         if all(value is None for name, value in message.items() if name != keys[0]):
             return f"a message without {keys[1]!r} (it has {sorted(message)})"
     return None
@@ -173,10 +173,10 @@ def _kind(value: Any) -> str:
 
 
 def _columns_read(columns: list[str], text_field: str, role: str) -> list[str]:
-    """The columns that TRL takes the texts from, of those there are."""
+    """Those of `columns` that TRL takes the texts from."""
     if "prompt" in columns and "completion" not in columns:
         raise ValueError(
-            f'The {role} set has a column "prompt" but no "completion", only {columns}, so that there would be nothing '
+            f'The {role} set has a column "prompt" but no "completion", only {columns}, so there would be nothing '
             f"{ROLES[role]} on. Add or rename it."
         )
     if "completion" in columns and "prompt" in columns:
@@ -196,7 +196,7 @@ def _check_text(dataset: Dataset, column: str, role: str) -> None:
         raise ValueError(
             f"The column {column!r} of the {role} set holds {feature.dtype}, but must hold text. Convert it to strings."
         )
-    if dataset.data.column(column).null_count:  # also counts rows that a selection has left out
+    if dataset.data.column(column).null_count:  # also counts rows that a selection leaves out
         missing = [row for row, value in enumerate(dataset[column]) if value is None]
         if missing:
             raise ValueError(

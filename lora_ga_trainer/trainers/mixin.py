@@ -1,10 +1,10 @@
-"""LoRA-GA for a `Trainer`: what all trainers here have in common, and what makes one of any other `Trainer`.
+"""LoRA-GA for a `Trainer`: the common base of all trainers here, which also adapts any other `Trainer`.
 
 trainer = LoRAGASFTTrainer(model, args, train_dataset=...)    the adapter gets its delta form: zero, like any LoRA
 trainer.train()                                               1. sample n training examples
                                                               2. estimate the gradient of every target weight
                                                               3. A0, B0 from its singular vectors
-                                                              4. train as always
+                                                              4. train as usual
 trainer.save_model()                                          an ordinary LoRA adapter for the untouched base
 """
 
@@ -58,7 +58,7 @@ class LoRAGACallback(TrainerCallback):
         self.begin(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # Not at the end of a step: its checkpoint then comes before the restart, and the last step is followed by none.
+        # Not at the end of a step: this way its checkpoint precedes the restart, and no restart follows the last step.
         self.begin_step(state)
 
 
@@ -69,36 +69,36 @@ else:
 
 
 class LoRAGAMixin(Base):
-    """LoRA-GA for any `transformers.Trainer`, before which it comes in the bases.
+    """LoRA-GA for any `transformers.Trainer`. The mixin must precede it in the bases.
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
 
-    The trainer takes what it took before: `model` is a `PeftModel` with an untrained LoRA adapter, or becomes one in the
+    The trainer's arguments stay the same: `model` is a `PeftModel` with an untrained LoRA adapter, or becomes one in the
     trainer's own `__init__`; `args` hold the `ga_*` options, as `LoRAGATrainingArguments` do. The gradient is that of the mean
-    of `compute_loss` over the sampled examples. All else is as with `LoRAGASFTTrainer`.
+    of `compute_loss` over the sampled examples. Everything else is as in `LoRAGASFTTrainer`.
 
     Raises:
-        ValueError: on deriving, the mixin comes after the `Trainer`; on construction, `args` have no `ga_*` options, the
-            training set is empty, or what `attach_lora_ga` raises; from `train`, what `initialize_lora_ga` raises.
+        ValueError: on subclassing, if the mixin comes after the `Trainer`; on construction, if `args` have no `ga_*` options or
+            the training set is empty, or what `attach_lora_ga` raises; from `train`, what `initialize_lora_ga` raises.
     """
 
     args: LoRAGATrainingArguments
     model: PeftModel
     optimizer: Optimizer
-    """Since `create_optimizer`, which comes before any restart."""
+    """Set by `create_optimizer`, before any restart."""
     train_dataset: Any
 
     EMPTY = "has no example"
-    """What is wrong with the training set if it is empty once the trainer has prepared it."""
+    """What the error says of a training set that is empty after preparation."""
 
     adapter_is_default = False
-    """Whether the adapter's configuration is not the user's."""
+    """Whether the user gave no adapter configuration."""
 
     unlogged: dict[str, float]
-    """Metrics of an initialization or a restart that wait for the next entry of the log."""
+    """Metrics of an initialization or a restart, held for the next log entry."""
 
     earlier_restarts = 0
-    """Those of an earlier call of `train`, whose steps count for themselves."""
+    """Restarts made by an earlier call of `train`, which counted its own steps."""
 
     started: float | None = None
     """When training began, on the clock of `time.perf_counter`."""
@@ -108,8 +108,8 @@ class LoRAGAMixin(Base):
         bases = cls.__mro__
         if Trainer in bases and bases.index(Trainer) < bases.index(LoRAGAMixin):
             raise ValueError(
-                f"In the bases of {cls.__name__} `LoRAGAMixin` comes after a `Trainer`, which would train plain LoRA without a "
-                f"word. Write `class {cls.__name__}(LoRAGAMixin, ...)`."
+                f"In the bases of {cls.__name__} `LoRAGAMixin` comes after a `Trainer`, which would silently train plain "
+                f"LoRA. Write `class {cls.__name__}(LoRAGAMixin, ...)`."
             )
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -117,38 +117,38 @@ class LoRAGAMixin(Base):
         if not isinstance(self.args, LoRAGAArguments):
             kind = type(self.args).__name__
             raise ValueError(
-                f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or a dataclass of "
-                f"your own: `class MyArguments(LoRAGAArguments, {kind})`."
+                f"`args` is a {kind}, but must hold the `ga_*` options. Pass `LoRAGATrainingArguments(...)`, or your own "
+                f"dataclass: `class MyArguments(LoRAGAArguments, {kind})`."
             )
         self.unlogged = {}
         if self.model_init is not None:
             raise ValueError(
-                "`model_init` would make another model when training begins, without the adapter that is attached now. Pass "
-                "`model`; for a search over hyperparameters make a trainer for each trial."
+                "`model_init` would make a new model when training begins, without the adapter that is attached now. Pass "
+                "`model`; for a hyperparameter search, make a trainer for each trial."
             )
         self.get_ready()
 
     def get_ready(self) -> None:
-        """Refuse what can be refused, and attach LoRA-GA. TRL's trainers prepare their datasets after it."""
+        """Check the arguments and attach LoRA-GA. TRL's trainers prepare their datasets afterwards."""
         if self.train_dataset is None:
             raise ValueError(
-                "`train_dataset` is None, but LoRA-GA draws its sample from it, also where `get_train_dataloader` makes the "
-                "batches of training. Pass the dataset that they are made of, and its `data_collator`."
+                "`train_dataset` is None, but LoRA-GA draws its sample from it, even if `get_train_dataloader` makes the "
+                "training batches. Pass the dataset that they are made from, and its `data_collator`."
             )
         check_not_empty(self.train_dataset, self.EMPTY)
         self.attach_adapter()
 
     def attach_adapter(self) -> None:
-        """The adapter gets its delta form now, and its factors when training begins.
+        """Give the adapter its delta form; its factors come when training begins.
 
         Raises:
-            ValueError: a launch that LoRA-GA does not support, an `output_dir` that cannot be written to, or what
+            ValueError: LoRA-GA does not support the launch, `output_dir` is not writable, or what
                 `initialization.attach_lora_ga` raises.
         """
         if self.args.should_save:
             check_writable(self.output_path)
         launch = launch_of(self.accelerator, self.model)
-        # a string has been parsed
+        # if it was a string, it has been parsed
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         check_fsdp2(self.accelerator, self.args.torch_compile)
@@ -161,7 +161,7 @@ class LoRAGAMixin(Base):
             if not self.adapter_is_default:
                 raise
             raise ValueError(
-                f"{error} (No `peft_config` was passed, so the adapter is the paper's. Say otherwise with "
+                f"{error} (No `peft_config` was passed, so the adapter is the paper's. To use another, pass "
                 "`peft_config=LoraConfig(...)`.)"
             ) from error
         if self.args.ga_restart_steps is not None:
@@ -174,9 +174,9 @@ class LoRAGAMixin(Base):
         adapter.state.launch = launch
         if isinstance(self.model.get_base_model(), PreTrainedModel):
             self.model.add_model_tags(TAG)
-        # Trainer sets it with each step, and the initialization comes before the first
+        # Trainer sets it at each step, but the initialization runs before the first
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        # before all others, so that they see the run as it starts
+        # first, so that all others see the run as it starts
         self.callback_handler.callbacks.insert(0, LoRAGACallback(self.begin, self.begin_step))
 
     @property
@@ -185,12 +185,12 @@ class LoRAGAMixin(Base):
 
     @property
     def lora_ga_report(self) -> InitReport | None:
-        """What the initialization found, None before it."""
+        """The result of the initialization; None before it."""
         return self.model.lora_ga.state.report
 
     def begin(self, state: TrainerState) -> None:
-        """Initialize the adapter, unless it has been: a resumed run has its report from the checkpoint; one that
-        `auto_find_batch_size` starts again, or a second call of `train`, has one already."""
+        """Initialize the adapter, unless there is a report already: from the checkpoint of a resumed run, or from before
+        `auto_find_batch_size` started the run again or `train` was called a second time."""
         self.start_clock()
         if self.lora_ga_report is None:
             self.initialize_adapter()
@@ -201,13 +201,13 @@ class LoRAGAMixin(Base):
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
             logger.warning(
                 f"The checkpoint's run has finished: {state.global_step:,} of {state.max_steps:,} steps. Nothing is trained. "
-                "To train on, raise `max_steps` or `num_train_epochs`."
+                "To train further, raise `max_steps` or `num_train_epochs`."
             )
         if self.args.ga_restart_steps is not None:
             self.earlier_restarts = max(0, len(restarts) - state.global_step // self.args.ga_restart_steps)
 
     def begin_step(self, state: TrainerState) -> None:
-        """Restart from a fresh gradient if it is time."""
+        """Restart from a fresh gradient if one is due."""
         made = len(self.model.lora_ga.state.restarts) - self.earlier_restarts
         if restart_is_due(self.args, state.global_step, made):
             self.restart_adapter()
@@ -218,7 +218,7 @@ class LoRAGAMixin(Base):
             start_from_gradient(self.model.lora_ga, batches, self.args, self.estimation_loss, disable_tqdm)
 
     def restart_adapter(self) -> None:
-        """The same at the current function, from other examples, behind what was trained so far; see `restart_lora_ga`."""
+        """The same at the current function, from other examples, on top of what was trained so far; see `restart_lora_ga`."""
         seed = self.args.ga_seed + 1 + len(self.model.lora_ga.state.restarts)
         with self.estimating(seed) as (batches, disable_tqdm):
             report = restart_from_gradient(
@@ -228,7 +228,7 @@ class LoRAGAMixin(Base):
 
     @contextmanager
     def estimating(self, seed: int) -> Iterator[tuple[Iterator[dict[str, Tensor]], bool]]:
-        """Yields the batches to estimate on and whether to hide the progress bar; nothing that training reads is changed."""
+        """Yields the batches to estimate on and whether to hide the progress bar; training sees no change."""
         with self.unchanged_metrics(), self.plain_batch_mean():
             yield self.sample_batches(seed), self.args.disable_tqdm or not self.is_world_process_zero()
 
@@ -239,41 +239,41 @@ class LoRAGAMixin(Base):
         """
         wanted = self.args.ga_num_samples
         examples, drawn = draw_examples(self.train_dataset, wanted, seed, slice(rank(), None, world_size()))
-        is_restart = self.lora_ga_report is not None  # which need not say it again
+        is_restart = self.lora_ga_report is not None  # do not warn again
         if drawn < wanted and not is_restart and self.is_world_process_zero():
             logger.warning(
                 f"`ga_num_samples` is {wanted}, but the training set has only {drawn} examples. LoRA-GA uses all of them; "
-                "lower `ga_num_samples` to be rid of this warning."
+                "lower `ga_num_samples` to silence this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
         # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch.
-        # With gradient checkpointing and small batches too few are saved; see docs/how_it_works.md, "Its memory".
-        # The estimation runs on one device, also where `nn.DataParallel` trains on several.
+        # With gradient checkpointing and small batches, this saves too few; see docs/how_it_works.md, "Its memory".
+        # The estimation runs on one device, even if `nn.DataParallel` trains on several.
         size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
         for start in range(0, len(examples), size):
             yield collate(examples[start : start + size])
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
-        """The loss that will be trained on, as this batch's share of the mean over all sampled examples.
+        """The training loss, as this batch's share of the mean over all sampled examples.
 
-        Some losses divide by `num_items_in_batch`; others, as those of DPO, of reward models and of many encoders, are means
-        over the batch whatever it says. With the items of this batch alone both are its mean.
+        Some losses divide by `num_items_in_batch`; others, such as those of DPO, reward models and many encoders, ignore it and
+        average over the batch. Given the number of items of this batch alone, both are the batch mean.
         """
         inputs = self._prepare_inputs(batch)
         items = items_in(model, inputs)
         divisor = torch.tensor(max(items, 1), device="cpu") if "labels" in inputs else None
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=divisor)
-        if items == 0:  # the mean over no label is no number
+        if items == 0:  # a mean over no labels is NaN
             loss = loss.nan_to_num()
         return loss * (items / num_items_in_batch)
 
     @contextmanager
     def plain_batch_mean(self) -> Iterator[None]:
-        """While inside, `compute_loss` takes its batch for the only one of a step, on the only process.
+        """While inside, `compute_loss` treats its batch as the only one of a step, on the only process.
 
-        Otherwise `average_tokens_across_devices` would multiply it by the number of processes, to undo DDP's averaging of
-        gradients, and TRL divide the auxiliary loss of a Mixture-of-Experts model by the number of batches in a step.
+        Otherwise, `average_tokens_across_devices` would multiply the loss by the number of processes, to undo DDP's averaging
+        of gradients, and TRL would divide the auxiliary loss of a mixture of experts by the number of batches in a step.
         """
         averages, steps = self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps
         try:
@@ -305,7 +305,7 @@ class LoRAGAMixin(Base):
 
         Raises:
             ValueError: the checkpoint is incomplete, or not one of this run, or the installed versions cannot resume; the
-                training set could be read only once; also what `initialize_lora_ga` raises.
+                training set can be read only once; also what `initialize_lora_ga` raises.
         """
         if resume_from_checkpoint:
             is_last = resume_from_checkpoint is True
@@ -315,10 +315,10 @@ class LoRAGAMixin(Base):
             check_resuming(launch, self.args.device)
             resume_from_checkpoint = str(directory)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if output.global_step == 0 < self.state.max_steps:  # of which Trainer only warns
+        if output.global_step == 0 < self.state.max_steps:  # Trainer only warns of this
             raise ValueError(
-                f"Not one of {self.state.max_steps:,} steps was trained: the training set gave no example, after "
-                "LoRA-GA had drawn its sample from it. A stream has to begin anew each time it is read: give "
+                f"None of {self.state.max_steps:,} steps was trained: the training set gave no example after LoRA-GA had "
+                "drawn its sample from it. A stream must start over each time it is read: give "
                 "`IterableDataset.from_generator` a function that makes a new generator."
             )
         return output
@@ -328,15 +328,15 @@ class LoRAGAMixin(Base):
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
         if self.state.global_step >= max_steps:
-            # Trainer would train one more step each time that a job is started again (transformers 5.23). No epoch is left.
+            # Trainer would train one more step each time a finished job is restarted (transformers 5.23). No epoch is left.
             epochs_trained, steps_trained_in_current_epoch = num_train_epochs, 0
         return epochs_trained, steps_trained_in_current_epoch
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
-            # Trainer restores the optimizer, and from DeepSpeed's and FSDP's own files what trains. A0, B0 and the report
-            # are in none of those; the adapter's files have all of it, in every backend.
+            # Trainer restores the optimizer and, from DeepSpeed's and FSDP's own files, the trained parameters. None of those
+            # holds A0, B0 and the report; the adapter's files hold all of it, in every backend.
             name = self.model.lora_ga.name
             self.model.load_adapter(adapter_directory(resume_from_checkpoint, name), name, is_trainable=True)
         return prepared
@@ -344,20 +344,20 @@ class LoRAGAMixin(Base):
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
-        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history. Without them Trainer would look
-        # for the adapter where "default" is, also if that is another one.
+        # As in resuming: DeepSpeed's and FSDP's own files hold neither A0, B0 nor the history. Without these backends, Trainer
+        # would load from the folder of "default", even if the adapter has another name.
         name = self.model.lora_ga.name
         best = self.state.best_model_checkpoint
-        assert best is not None  # Trainer asks before it calls this
+        assert best is not None  # Trainer checks before calling this
         self.model.load_adapter(adapter_directory(best, name), name, is_trainable=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter, whole, from wherever its parts are; the base model is neither gathered nor written.
+        """Save the whole adapter, wherever its parts are; the base model is neither gathered nor written.
 
-        Every process has to call it; only those that write hold the whole adapter.
+        Every process must call it; only those that write hold the whole adapter.
         """
         state_dict = adapter_state_dict(self.model, keep=self.args.should_save)
-        if self.args.should_save:  # transformers before 5.23 takes whoever calls `_save` for the writer
+        if self.args.should_save:  # transformers before 5.23: any process that calls `_save` writes
             self._save(output_dir or self.args.output_dir, state_dict=state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -372,38 +372,38 @@ class LoRAGAMixin(Base):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The last that every process writes. After it come `trainer_state.json` and the removal of older checkpoints.
+        # This is the last file that every process writes. `trainer_state.json` and the removal of older checkpoints follow.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(Path(output_dir))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """The card of the trainer that this one derives from, with what there is to say of LoRA-GA."""
+        """The base trainer's card, with a section on LoRA-GA."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_lora_ga(self.model, self.output_path / "README.md")
 
     def start_clock(self) -> None:
-        """Let `ga/seconds` run from now, or in a resumed run from where the last entry of its log left it."""
+        """Start `ga/seconds` now or, in a resumed run, from its last logged value."""
         logged = [entry["ga/seconds"] for entry in self.state.log_history if "ga/seconds" in entry]
         self.started = time.perf_counter() - max(logged, default=0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with `ga/seconds`: wall time since training began, initialization, evaluations and saving included.
+        """`Trainer.log`, with `ga/seconds`: wall time since training began, including initialization, evaluations and saving.
 
-        Trainer's log has steps only, and time not until the end; runs could not be compared over time. What an initialization
-        or a restart found goes into the entry that follows it. None of this is in `logs` afterwards, of which `train` and
-        `evaluate` make their results.
+        Trainer logs only steps, and time only at the end, so runs could not be compared over time. The metrics of an
+        initialization or a restart go into the entry that follows it. They are not left in `logs`, from which `train` and
+        `evaluate` build their results.
         """
         ours, self.unlogged = self.unlogged, {}
         if self.started is not None:
             ours = ours | {"ga/seconds": time.perf_counter() - self.started}
         entry = logs | ours
         super().log(entry, start_time)
-        logs.clear()  # callbacks take entries out, too
+        logs.clear()  # callbacks also remove entries
         logs.update((name, value) for name, value in entry.items() if name not in ours)
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        """Estimation is no training: while inside, metrics start from none, and come out as they were."""
+        """Estimation is not training: while inside, metrics start empty; afterwards they are restored."""
         yield

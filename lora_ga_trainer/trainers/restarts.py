@@ -1,4 +1,4 @@
-"""When LoRA-GA starts again from a fresh gradient, and how the learning rate comes back: pure functions of the step.
+"""When LoRA-GA restarts from a fresh gradient, and how the learning rate recovers: pure functions of the step.
 
 LoRA-GA inside ReLoRA (Lialin et al. 2023, arXiv 2307.05695): every `ga_restart_steps` steps what was trained so far is frozen
 into the adapter, and a new pair of factors starts from the gradient at the current function; see `initialization`.
@@ -18,13 +18,13 @@ def restart_is_due(config: LoRAGAArguments, steps_done: int, restarts_done: int)
 
 
 def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
-    """The factor of the learning rate at `step`: that of `schedule`, climbing back to it linearly after each restart.
+    """The learning-rate factor at `step`: that of `schedule`, climbing back to it linearly after each restart.
 
-    It is back before the next restart, also if `ga_restart_warmup_steps` is longer. `step` counts the schedule's steps: with
-    fp16, whose first steps may be skipped for their overflow, the climb comes as many steps late.
+    It has recovered before the next restart, even if `ga_restart_warmup_steps` is longer. `step` counts the schedule's steps:
+    if fp16 skips the first steps because of overflow, the climb is late by as many steps.
     """
     every = config.ga_restart_steps
-    assert every is not None  # else nothing is put around the schedule
+    assert every is not None  # otherwise the schedule is not wrapped
     since_restart, warmup = step % every, min(config.ga_restart_warmup_steps, every - 1)
     if step < every or since_restart >= warmup:
         return schedule(step)
@@ -32,10 +32,10 @@ def rewarmed(step: int, schedule, config: LoRAGAArguments) -> float:
 
 
 def check_schedule(config: LoRAGAArguments, scheduler: LRScheduler | None, launch_has_one: bool) -> None:
-    """Refuse a learning rate that could not climb again after a restart, because it is not the trainer's to set.
+    """Refuse a learning-rate schedule that is not the trainer's, since it cannot be warmed up again after a restart.
 
     Args:
-        scheduler: what the user made, if anything.
+        scheduler: the user's own, if any.
         launch_has_one: whether DeepSpeed's configuration has a schedule.
 
     Raises:
@@ -44,21 +44,21 @@ def check_schedule(config: LoRAGAArguments, scheduler: LRScheduler | None, launc
     if config.ga_restart_warmup_steps and (scheduler is not None or launch_has_one):
         source = "DeepSpeed's configuration" if launch_has_one else "`optimizers`"
         raise ValueError(
-            f"`ga_restart_warmup_steps` is {config.ga_restart_warmup_steps}, but the learning rate's schedule comes from "
-            f"{source}, so that it cannot be warmed up again after a restart. Leave the schedule to `lr_scheduler_type`, or "
+            f"`ga_restart_warmup_steps` is {config.ga_restart_warmup_steps}, but the learning-rate schedule comes from "
+            f"{source}, so it cannot be warmed up again after a restart. Leave the schedule to `lr_scheduler_type`, or "
             "set `ga_restart_warmup_steps=0`."
         )
 
 
 def rewarm(scheduler: LRScheduler, config: LoRAGAArguments) -> None:
-    """Put `rewarmed` around the schedule of `scheduler`, in place. It is a function of the step, so nothing more is saved.
+    """Wrap the schedule of `scheduler` in `rewarmed`, in place. It depends only on the step, so nothing more need be saved.
 
     Raises:
-        ValueError: the schedule is not given by factors of the step.
+        ValueError: the schedule is not a function of the step.
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"`ga_restart_steps` warms the learning rate up again after each restart, which {type(scheduler).__name__} does "
-            'not allow. Use a `lr_scheduler_type` that depends on the step only, such as "cosine" or "linear".'
+            'not allow. Use an `lr_scheduler_type` that depends only on the step, such as "cosine" or "linear".'
         )
     scheduler.lr_lambdas = [partial(rewarmed, schedule=schedule, config=config) for schedule in scheduler.lr_lambdas]

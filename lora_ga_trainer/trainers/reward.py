@@ -27,8 +27,8 @@ class LoRAGARewardTrainer(LoRAGATRLMixin, RewardTrainer):
     """TRL's `RewardTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
 
     `args` may be a `LoRAGARewardConfig`, or a `RewardConfig` or `TrainingArguments`. The default adapter, and one whose
-    `LoraConfig` names no `task_type`, is for a sequence classifier: PEFT then trains and saves the head whole. The gradient is
-    that at the head as it comes; a new one is random. All else is as with `LoRAGASFTTrainer`.
+    `LoraConfig` names no `task_type`, is for a sequence classifier: PEFT then trains and saves the whole head. The gradient is
+    taken at the initial head, which is random if it is new. Everything else is as in `LoRAGASFTTrainer`.
 
     Raises:
         ValueError: a new head would be neither trained nor saved; otherwise as `LoRAGASFTTrainer`.

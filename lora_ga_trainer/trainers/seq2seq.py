@@ -17,7 +17,7 @@ from .mixin import LoRAGAMixin
 
 
 class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):
-    """transformers' `Seq2SeqTrainer`, whose loss is a mean over tokens however they are spread over batches and processes."""
+    """transformers' `Seq2SeqTrainer`, whose loss is a mean over tokens, however they are spread over batches and processes."""
 
     def compute_loss(
         self,
@@ -28,15 +28,15 @@ class TokenMeanSeq2SeqTrainer(Seq2SeqTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """`Seq2SeqTrainer`'s loss, but as this batch's share of the mean over all `num_items_in_batch` label tokens.
 
-        transformers leaves that to the model, and T5, BART and their kin ignore it: with gradient accumulation the losses
-        of the micro-batches would add up instead of being averaged, and with several processes each would be multiplied by
-        their number (transformers 5.23). With one process and no accumulation it is the very same loss.
+        transformers leaves that to the model, and T5, BART and similar models ignore it: with gradient accumulation, the
+        losses of the micro-batches would add up instead of being averaged, and with several processes each would be
+        multiplied by their number (transformers 5.23). With one process and no accumulation, the loss is unchanged.
         """
         if num_items_in_batch is None or self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = inputs["labels"].ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=inputs["labels"].device)
         mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = torch.where(share > 0, mean, 0.0) * share  # without a label token the mean is NaN
+        loss = torch.where(share > 0, mean, 0.0) * share  # without label tokens the mean is NaN
         if self.args.average_tokens_across_devices:  # the backends average gradients over processes
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -47,11 +47,11 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
 
     `args` may be a `LoRAGASeq2SeqConfig`, or a `Seq2SeqTrainingArguments` or `TrainingArguments`, which get the default
     `ga_*` options. `model` is an encoder-decoder model, to which `peft_config` (default: the paper's) adds the adapter, or a
-    `PeftModel` with an untrained LoRA adapter. All else is as with `LoRAGASFTTrainer`.
+    `PeftModel` with an untrained LoRA adapter. Everything else is as in `LoRAGASFTTrainer`.
 
     Raises:
-        ValueError: the model is no encoder-decoder, or a `PeftModel` and `peft_config` come together, or its embeddings are
-            shared under FSDP2; otherwise as `LoRAGASFTTrainer`.
+        ValueError: the model is no encoder-decoder, both a `PeftModel` and a `peft_config` are given, or embeddings are shared
+            under FSDP2; otherwise as `LoRAGASFTTrainer`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
         if config is None or not config.is_encoder_decoder:
             raise ValueError(
                 f"`model` is {model if isinstance(model, str) else type(model).__name__}, but must be an encoder-decoder "
-                "model in memory, for example of `AutoModelForSeq2SeqLM.from_pretrained(...)`. Decoder-only models are for "
+                "model in memory, for example from `AutoModelForSeq2SeqLM.from_pretrained(...)`. Decoder-only models are for "
                 "`LoRAGASFTTrainer`."
             )
         args = with_ga_options(LoRAGASeq2SeqConfig, args, model)
@@ -86,7 +86,7 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
         else:
             self.adapter_is_default = peft_config is None
             if peft_config is None:
-                # PEFT calls a SEQ_2_SEQ_LM with text, which Whisper and its kin do not take
+                # PEFT calls a SEQ_2_SEQ_LM with text, which Whisper and similar models do not take
                 takes_text = model.main_input_name == "input_ids"
                 peft_config = paper_lora_config(TaskType.SEQ_2_SEQ_LM if takes_text else None)
             check_lora_config(peft_config)

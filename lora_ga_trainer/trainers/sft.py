@@ -82,7 +82,7 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string has been parsed
+        how: Any = self.args.gradient_checkpointing_kwargs or {}  # a string was parsed
         if self.args.gradient_checkpointing and how.get("selective"):
             enable_selective_checkpointing(self.model)
 

@@ -1,4 +1,4 @@
-"""What TRL's trainers have in common: the adapter that they make from a `peft_config`, and their metrics."""
+"""Common to TRL's trainers: the adapter made from a `peft_config`, preparing the datasets, and the metrics."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from .mixin import LoRAGAMixin
 
 
 class LoRAGATRLMixin(LoRAGAMixin):
-    """`LoRAGAMixin` for a trainer of TRL, with its arguments; `args` and `peft_config` may be left out."""
+    """`LoRAGAMixin` for a TRL trainer, with its arguments; `args` and `peft_config` may be omitted."""
 
     config_class: type[TrainingArguments]
     """TRL's configuration with the `ga_*` options."""
@@ -27,7 +27,7 @@ class LoRAGATRLMixin(LoRAGAMixin):
     _total_train_tokens: int
 
     task_type = TaskType.CAUSAL_LM
-    """That of the paper's adapter, which stands in for a `peft_config`."""
+    """The task type of the paper's adapter, the default `peft_config`."""
 
     def before_init(
         self,
@@ -39,10 +39,10 @@ class LoRAGATRLMixin(LoRAGAMixin):
         peft_config: LoraConfig | None,
         formatting_func: Callable[[dict], str] | None = None,
     ) -> tuple[Any, LoraConfig | None]:
-        """The `args` and `peft_config` for TRL's `__init__`, complete. It prepares no dataset before `get_ready`.
+        """The complete `args` and `peft_config` for TRL's `__init__`, which then prepares no dataset before `get_ready`.
 
         Raises:
-            ValueError: TRL would stumble over one of the arguments.
+            ValueError: TRL would fail on one of the arguments.
         """
         args = with_ga_options(self.config_class, args, model)
         if not isinstance(model, PeftModel):
@@ -52,10 +52,10 @@ class LoRAGATRLMixin(LoRAGAMixin):
             peft_config = self.completed(peft_config)
             if isinstance(model, nn.Module):
                 check_no_adapter(model)
-        if quantization_config is not None:  # an argument of its own in newer TRL only
+        if quantization_config is not None:  # only newer TRL has it as an argument
             args.model_init_kwargs = (args.model_init_kwargs or {}) | {"quantization_config": quantization_config}
         check_not_empty(train_dataset, "has no example")
-        if formatting_func is None:  # which takes rows of any form
+        if formatting_func is None:  # it takes rows of any form
             self.check_dataset(train_dataset, args, "training")
             for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
                 self.check_dataset(dataset, args, "evaluation")
@@ -66,12 +66,11 @@ class LoRAGATRLMixin(LoRAGAMixin):
         return args, peft_config
 
     def completed(self, peft_config: LoraConfig) -> LoraConfig:
-        """`peft_config` with what the trainer knows and its user has left out."""
+        """`peft_config`, completed with what the trainer knows."""
         return peft_config
 
     def prepare_later(self, dataset: Any, *how: Any) -> Any:
-        """TRL prepares its datasets, which may take hours, before there is a trainer; here it does so once nothing else is to
-        be refused."""
+        """TRL would prepare its datasets first, which may take hours. Here it does so only after all other checks."""
         self.unprepared.append((dataset, how))
         return dataset
 
@@ -91,12 +90,12 @@ class LoRAGATRLMixin(LoRAGAMixin):
     def check_dataset(self, dataset: Any, args: Any, role: str) -> None:
         """
         Raises:
-            ValueError: TRL would stumble over the "training" or "evaluation" set.
+            ValueError: TRL would fail on the "training" or "evaluation" set.
         """
         check_turns(dataset, role)
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
-        with self.maybe_activation_offload_context:  # which TRL enters for training steps only
+        with self.maybe_activation_offload_context:  # TRL enters it only for training steps
             return super().estimation_loss(model, batch, num_items_in_batch)
 
     @contextmanager
@@ -104,8 +103,8 @@ class LoRAGATRLMixin(LoRAGAMixin):
         metrics, tokens = {mode: dict(group) for mode, group in self._metrics.items()}, self._total_train_tokens
         for group in self._metrics.values():
             group.clear()
-        # What is thrown away need not be gathered; and `gather` wants equal shapes, while the last batches of the processes
-        # may differ in size.
+        # These metrics are discarded, so need not be gathered; and `gather` needs equal shapes, but the processes' last
+        # batches may differ in size.
         self.accelerator.gather = lambda tensor: tensor
         try:
             yield
