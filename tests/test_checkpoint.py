@@ -319,7 +319,7 @@ def refused(model, directory, message):
 )
 def test_other_settings_are_refused(lora, ga, message, tmp_path):
     trained()[0].save_pretrained(tmp_path)
-    refused(fresh(LoRAGAArguments(ga_learning_rate=1e-3, **{"ga_sketch_size": 10} | ga), **lora), tmp_path, message)
+    refused(fresh(LoRAGAArguments(**{"ga_scale": "stable", "ga_sketch_size": 10} | ga), **lora), tmp_path, message)
 
 
 def test_a_checkpoint_from_before_an_option_existed_was_made_with_its_default(tmp_path):

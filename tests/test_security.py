@@ -147,7 +147,7 @@ def test_an_architecture_is_a_model_and_nothing_else(name, shared, tmp_path):
     tiny_model().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
-    with pytest.raises(ValueError, match=f"names the architecture '{name}', which is no model"):
+    with pytest.raises(ValueError, match=f"names the architecture '{name}', which is not a transformers model"):
         export(shared / "finished/checkpoint-4", tmp_path / "out", merge=True, base_model=base)
     assert not (tmp_path / "out").exists()
 
