@@ -43,12 +43,13 @@ class LoRAGAArguments:
             Which of the first 2·r singular vectors go to A (V) and to B (U): `"ArB2r"` A the first r and B the next r,
             `"A2rBr"` the reverse, `"ArBr"` A the odd and B the even ones (counted from 0), `"random"` two disjoint
             random sets. `"gaussian"` is the paper's ablation: random vectors instead of singular ones.
-        ga_scale (`str`, *optional*, defaults to `"matched"`):
-            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling: `"matched"` such that the first step of AdamW
-            moves each weight as far as full fine-tuning at `ga_full_learning_rate` would, whatever the learning rate, r and α;
-            `"stable"` O^¼/√γ, the paper's, to be tuned together with the learning rate; `"unit"` 1, `"gd"` 1/s,
-            `"weight_svd"` the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0
-            and √(O/I) for B0 (the paper's ablation).
+        ga_scale (`str`, *optional*):
+            The factor c in A0 = c·Vᵀ, B0 = c·U, with s the adapter's scaling. `"matched"`, the default where the learning rate
+            is known, from a trainer or from `ga_learning_rate`: such that the first step of AdamW moves each weight as far as
+            full fine-tuning at `ga_full_learning_rate` would, whatever the learning rate, r and α. `"stable"`, the paper's, and
+            the default elsewhere: O^¼/√γ, to be tuned together with the learning rate. `"unit"` 1, `"gd"` 1/s, `"weight_svd"`
+            the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0 and √(O/I) for B0
+            (the paper's ablation).
         ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):
             η_f of the `matched` scale: the learning rate for full fine-tuning. Larger values start from larger factors, which
             move the weights further with each of the first steps.
@@ -96,8 +97,8 @@ class LoRAGAArguments:
             "help": "Which singular vectors go to A and B: `ArB2r`, `A2rBr`, `ArBr`, `random`; `gaussian` for none."
         },
     )
-    ga_scale: str = field(
-        default="matched",
+    ga_scale: str | None = field(
+        default=None,
         metadata={
             "help": "Size of the factors: `matched` to full fine-tuning's first step, `stable` (the paper's), "
             "`unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
@@ -157,6 +158,9 @@ class LoRAGAArguments:
             raise ValueError(f"`ga_seed` is {self.ga_seed}, but must be at most {LARGEST_SEED}. 42 is the default.")
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
+        if self.ga_scale is None:
+            knows_rate = isinstance(self, TrainingArguments) or self.ga_learning_rate is not None
+            self.ga_scale = "matched" if knows_rate else "stable"
         self._check_choice("ga_scale", get_args(Scale))
         if not isinstance(self.ga_offset, bool):
             raise ValueError(

@@ -18,7 +18,7 @@ DEFAULTS = {
     "ga_sketch_passes": 2,
     "ga_sketch_size": None,
     "ga_direction": "ArB2r",
-    "ga_scale": "matched",
+    "ga_scale": None,
     "ga_full_learning_rate": 5e-5,
     "ga_learning_rate": None,
     "ga_gamma": 16.0,
@@ -53,6 +53,12 @@ def test_command_line_and_yaml(tmp_path):
         "ga_estimator": "exact",
         "ga_offset": False,
     }
+
+
+def test_the_default_scale_is_matched_where_the_rate_is_known(tmp_path):
+    assert LoRAGASFTConfig(output_dir=str(tmp_path), bf16=False).ga_scale == "matched"
+    assert LoRAGAArguments(ga_learning_rate=1e-3).ga_scale == "matched"
+    assert LoRAGAArguments().ga_scale == "stable"  # a training loop without a trainer, as before there was another
 
 
 def test_restarts_need_the_offset():

@@ -35,8 +35,8 @@ precedence. The most common ones, some with an example value:
              --ga_estimator sketch      or exact: the full gradients in float32
              --ga_sketch_passes 2       --ga_sketch_size, by default 2r + 32
              --ga_direction ArB2r
-             --ga_scale matched         --ga_full_learning_rate 5e-05  --ga_learning_rate
-                                        or stable, the paper's, with --ga_gamma 16
+             --ga_scale                 by default matched to --ga_full_learning_rate, for
+                                        --ga_learning_rate; or stable, with --ga_gamma
              --ga_offset true           false: B from zero, files of rank r
              --ga_restart_steps         a fresh gradient every this many steps
              --ga_restart_warmup_steps  --ga_seed 42
