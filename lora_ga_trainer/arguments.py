@@ -159,8 +159,7 @@ class LoRAGAArguments:
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
         if self.ga_scale is None:
-            knows_rate = isinstance(self, TrainingArguments) or self.ga_learning_rate is not None
-            self.ga_scale = "matched" if knows_rate else "stable"
+            self.ga_scale = "stable" if self.peak_learning_rate is None else "matched"
         self._check_choice("ga_scale", get_args(Scale))
         if not isinstance(self.ga_offset, bool):
             raise ValueError(
@@ -179,21 +178,11 @@ class LoRAGAArguments:
             super().__post_init__()  # type: ignore[misc]  # of the configuration after it in the bases
 
     @property
-    def peak_learning_rate(self) -> float:
-        """`ga_learning_rate`, or the `learning_rate` of the trainer's configuration.
-
-        Raises:
-            ValueError: there is neither, or it is not above 0.
-        """
-        rate = self.ga_learning_rate
-        if rate is None and isinstance(self, TrainingArguments):
-            rate = self.learning_rate
-        if rate is None:
-            raise ValueError(
-                "`ga_learning_rate` is None, but `ga_scale='matched'` sizes the factors by the learning rate. "
-                "Pass the peak learning rate that your optimizer gives the adapter, or another `ga_scale`."
-            )
-        return rate
+    def peak_learning_rate(self) -> float | None:
+        """`ga_learning_rate`, or the `learning_rate` of the trainer's configuration; None if there is neither."""
+        if self.ga_learning_rate is None and isinstance(self, TrainingArguments):
+            return self.learning_rate
+        return self.ga_learning_rate
 
     def _check_integer(self, name: str, *, minimum: int, remedy: str, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -161,9 +161,6 @@ def scale_factors(
         learning_rates: the peak rates at which A and B train, used by `matched` only.
         weight_singular_values: called by `weight_svd` only; returns the leading singular values of W, descending.
     """
-    if scale == "gaussian":
-        c_B = math.sqrt(out_features / in_features) if offset else 0.0
-        return Scales(math.sqrt(in_features / out_features), c_B)
     formulas: dict[str, Callable[[], float]] = {
         "matched": lambda: matched_scale(
             out_features,
@@ -179,8 +176,12 @@ def scale_factors(
         "gd": lambda: 1.0 / scaling,
         "weight_svd": lambda: (weight_singular_values()[:rank] / scaling).sqrt().mean().item(),
     }
-    c = formulas[scale]()
-    return Scales(c, c if offset else 0.0)
+    if scale == "gaussian":
+        scales = Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
+    else:
+        c = formulas[scale]()
+        scales = Scales(c, c)
+    return scales if offset else scales._replace(c_B=0.0)
 
 
 def matched_scale(

@@ -25,7 +25,6 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -256,21 +255,20 @@ def may_freeze_while_probing(model: nn.Module) -> bool:
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-def optimizer_learning_rates(optimizer: Optimizer, parameters: list[Parameter]) -> list[float] | None:
-    """The peak rate at which `optimizer` trains each of the `parameters`; 0 for one that it does not hold.
+def optimizer_learning_rates(optimizer: Optimizer) -> dict[Tensor, float] | None:
+    """The peak rate at which `optimizer` trains each parameter that it holds.
 
-    Call it before accelerate prepares the optimizer: ZeRO and FSDP2 put other parameters into it. None if DeepSpeed's
-    configuration defines the optimizer, since it does not exist yet.
+    To be asked before accelerate prepares the optimizer: ZeRO and FSDP2 put other parameters into it. Where DeepSpeed's
+    configuration makes the optimizer there is none yet, and the answer is None.
     """
     if isinstance(optimizer, DummyOptim):
         return None
-    # a schedule keeps its starting rate in "initial_lr", and one that climbs higher its peak in "max_lr"
-    rates = {
-        id(parameter): max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+    # a schedule keeps the rate that it starts from in "initial_lr", and one that climbs further its peak in "max_lr"
+    return {
+        parameter: max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    return [rates.get(id(parameter), 0.0) for parameter in parameters]
 
 
 def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> None:

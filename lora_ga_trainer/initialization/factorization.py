@@ -52,12 +52,11 @@ def write_all_factors(
         flat = torch.zeros(R * I + O * R + 3 + 2 * R, device=device, dtype=torch.float32)
         if name in found:
             factors = found.pop(name)
-            of_report = torch.tensor(
+            three = torch.tensor(
                 [factors.alignment, factors.gradient_norm, factors.scale], device=device, dtype=torch.float32
             )
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), of_report, factors.singular_values_K]
-            found_numbers = torch.cat(parts)
-            flat[: len(found_numbers)] = found_numbers
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), three, factors.singular_values_K]
+            torch.cat(parts, out=flat[: sum(map(len, parts))])
         broadcast(flat, source=owners[name])
         a, b, of_report = flat.split([R * I, O * R, 2 * R + 3])
         if adapter.is_initialized:

@@ -187,16 +187,22 @@ def peak_learning_rates(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> dict
     Raises:
         ValueError: nothing says it, or an optimizer does not train A and B of some weight.
     """
-    if adapter.learning_rates is None or config.ga_learning_rate is not None:
+    found = adapter.learning_rates
+    if found is None or config.ga_learning_rate is not None:
         rate = config.peak_learning_rate
-        return dict.fromkeys(adapter.weights, LearningRates(rate, rate))
-    for name, rates in adapter.learning_rates.items():
+        if rate is None:
+            raise ValueError(
+                "`ga_learning_rate` is None, but `ga_scale='matched'` sizes the factors by the learning rate. Pass the peak "
+                "learning rate that your optimizer gives the adapter, or another `ga_scale`."
+            )
+        found = dict.fromkeys(adapter.weights, LearningRates(rate, rate))
+    for name, rates in found.items():
         if (max(rates) if config.ga_offset else rates.B) <= 0:
             raise ValueError(
                 f"The optimizer trains the adapter of {name} at the learning rates {rates.A} (A) and {rates.B} (B), to which "
                 "no factor can be matched. Raise `learning_rate`, or choose another `ga_scale`."
             )
-    return adapter.learning_rates
+    return found
 
 
 def _warn_of_whole_gradients(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:

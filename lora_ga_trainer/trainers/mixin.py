@@ -284,13 +284,12 @@ class LoRAGAMixin(Base):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         optimizer = super().create_optimizer(model)
-        weights = self.model.lora_ga.weights
-        rates = optimizer_learning_rates(
-            optimizer, [matrix for weight in weights.values() for matrix in weight.trained]
-        )
+        rates = optimizer_learning_rates(optimizer)
         if rates is not None:
-            pairs = zip(rates[::2], rates[1::2], strict=True)
-            self.model.lora_ga.learning_rates = dict(zip(weights, map(LearningRates._make, pairs), strict=True))
+            self.model.lora_ga.learning_rates = {
+                name: LearningRates(*(rates.get(matrix, 0.0) for matrix in weight.trained))  # 0 if it holds none
+                for name, weight in self.model.lora_ga.weights.items()
+            }
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
