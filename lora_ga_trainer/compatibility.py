@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import compare_versions
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor
 
 from .distributed.launches import Launch
@@ -80,6 +81,14 @@ def without_other_adapters(tensors: dict[str, Tensor], peft_model: PeftModel, ad
     others = peft_model.peft_config.keys() - {adapter_name}
     of_others = re.compile(rf"\.lora_\w+\.({'|'.join(map(re.escape, others))})(\.|$)")
     return {name: tensor for name, tensor in tensors.items() if not of_others.search(name)}
+
+
+def stores_outputs_first(layer: ParamWrapper) -> bool:
+    """Whether the experts' parameter is E×O×I for PEFT; else it is E×I×O.
+
+    PEFT 0.18 takes every one for E×I×O. Where it is not, A and B change sides, and make the same change of the weight.
+    """
+    return vars(layer).get("_did_swap_in_out_features", False)
 
 
 def sha256(path: Path) -> bytes:

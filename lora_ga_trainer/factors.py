@@ -27,18 +27,36 @@ class SingularTriplets(NamedTuple):
     """Frobenius norm of the whole G, triplets that were cut off included."""
 
 
+class FirstStep(NamedTuple):
+    """How the first step, along B0 B0ᵀ G + G A0ᵀ A0, lies to the gradient G."""
+
+    along: float
+    """⟨G, step⟩."""
+    squared_norm: float
+    """‖step‖²."""
+
+
 class Factors(NamedTuple):
-    """The initial LoRA factors of one layer, float32, how well they point along its gradient, and that gradient's spectrum."""
+    """The initial LoRA factors of one weight, float32, how well they point along its gradient, and that gradient's spectrum.
+
+    Those of E experts have E as a first dimension, and are judged as one: as the factors of a block-diagonal matrix.
+    """
 
     a_RI: Tensor
     b_OR: Tensor
-    alignment: float
-    """0 for a gradient of zero, along which nothing can point."""
+    first_step: FirstStep
     singular_values_K: Tensor
-    """Of the pairs that the factors could take: 2R, or as many as there are."""
+    """Of the pairs that the factors could take: 2R, or as many as there are. Of experts √Σσₖ², so that the sum of squares is
+    what the first k pairs of all hold."""
     gradient_norm: float
     scale: float
     """c_A."""
+
+    @property
+    def alignment(self) -> float:
+        """cos(G, B0 B0ᵀ G + G A0ᵀ A0) in [0, 1]; 0 for a gradient of zero, along which nothing can point."""
+        norms = math.sqrt(self.first_step.squared_norm) * self.gradient_norm
+        return self.first_step.along / norms if norms else 0.0
 
 
 class Scales(NamedTuple):
@@ -159,7 +177,8 @@ def scale_factors(
         gamma: γ, used by `stable` only.
         full_learning_rate: η_f, used by `matched` only.
         learning_rates: the peak rates at which A and B train, used by `matched` only.
-        weight_singular_values: called by `weight_svd` only; returns the leading singular values of W, descending.
+        weight_singular_values: called by `weight_svd` only; returns the leading singular values of W, descending, or those of
+            every expert (E×r).
     """
     formulas: dict[str, Callable[[], float]] = {
         "matched": lambda: matched_scale(
@@ -174,7 +193,7 @@ def scale_factors(
         "stable": lambda: out_features**0.25 / math.sqrt(gamma),
         "unit": lambda: 1.0,
         "gd": lambda: 1.0 / scaling,
-        "weight_svd": lambda: (weight_singular_values()[:rank] / scaling).sqrt().mean().item(),
+        "weight_svd": lambda: (weight_singular_values()[..., :rank] / scaling).sqrt().mean().item(),
     }
     if scale == "gaussian":
         scales = Scales(math.sqrt(in_features / out_features), math.sqrt(out_features / in_features))
@@ -243,8 +262,8 @@ def leading_singular_values(weight_OI: Tensor, rank: int, generator: torch.Gener
     return torch.linalg.svdvals(torch.linalg.qr(weight_OI @ basis).R)[:rank]
 
 
-def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:
-    """How much of the gradient the first step can follow: cos(G, B0 B0ᵀ G + G A0ᵀ A0), in [0, 1].
+def first_step(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> FirstStep:
+    """Where the first step goes, and so how much of the gradient it can follow; see `Factors.alignment`.
 
     The first gradient step of a LoRA with factors A0, B0 moves the weight along B0 B0ᵀ G + G A0ᵀ A0 (paper section 3.2,
     eq. 6). With G = U S Vᵀ, P = B0ᵀ U S and Q = A0 V S that is B0 P Vᵀ + U Qᵀ A0, and nothing of size O×I is formed:
@@ -253,31 +272,40 @@ def alignment(triplets: SingularTriplets, a_RI: Tensor, b_OR: Tensor) -> float:
         ‖step‖²   = ⟨B0ᵀB0, P Pᵀ⟩ + ⟨A0 A0ᵀ, Q Qᵀ⟩ + 2 tr(A0 V Pᵀ B0ᵀ U Qᵀ)
 
     The triplets stand for G here, but for its norm. That is exact for factors that are singular vectors among them, since the
-    step then has no part in the others; for `gaussian` it leaves out what the random vectors catch of the others. 0 where
-    there is no gradient, or no step.
+    step then has no part in the others; for `gaussian` it leaves out what the random vectors catch of the others.
     """
     bu_RK, av_RK = b_OR.T @ triplets.u_OK, a_RI @ triplets.v_IK
     p_RK, q_RK = bu_RK * triplets.s_K, av_RK * triplets.s_K
     along = p_RK.square().sum() + q_RK.square().sum()
     squared_norm = ((b_OR.T @ b_OR) * (p_RK @ p_RK.T)).sum() + ((a_RI @ a_RI.T) * (q_RK @ q_RK.T)).sum()
     squared_norm = squared_norm + 2 * torch.trace(av_RK @ p_RK.T @ bu_RK @ q_RK.T)
-    norms = squared_norm.sqrt().item() * triplets.gradient_norm
-    return along.item() / norms if norms else 0.0
+    return FirstStep(along.item(), squared_norm.item())
 
 
-def significant(triplets: SingularTriplets) -> SingularTriplets:
+FLOAT32_ROUNDING = torch.finfo(torch.float32).eps
+
+
+def significant(triplets: SingularTriplets, rounding: float = FLOAT32_ROUNDING) -> SingularTriplets:
     """The triplets that are more than rounding: σ above √max(O, I) · 2⁻²³ · σ₁, as errors of sums of that many numbers grow.
 
-    None for a gradient of zero.
+    None for a gradient of zero. Where each entry of G came rounded, by up to half of `rounding` times itself, that adds a
+    random matrix of full rank. With the mean square of such errors, (rounding/5)² of ‖G‖²/(O·I), its largest singular value is
+    about rounding/5 · ‖G‖ · (1/√O + 1/√I); five times that is taken for the bound.
     """
     (O, _), (I, _) = triplets.u_OK.shape, triplets.v_IK.shape
-    rounding = math.sqrt(max(O, I)) * torch.finfo(torch.float32).eps
-    K = int((triplets.s_K > rounding * triplets.s_K.max()).sum())
+    of_sums = math.sqrt(max(O, I)) * FLOAT32_ROUNDING * triplets.s_K.max()
+    of_entries = rounding * triplets.gradient_norm * (1 / math.sqrt(O) + 1 / math.sqrt(I))
+    K = int((triplets.s_K > of_sums.clamp(min=of_entries)).sum())
     return SingularTriplets(triplets.u_OK[:, :K], triplets.s_K[:K], triplets.v_IK[:, :K], triplets.gradient_norm)
 
 
 def lora_ga_factors(
-    triplets: SingularTriplets, rank: int, direction: Direction, scales: Scales, generator: torch.Generator
+    triplets: SingularTriplets,
+    rank: int,
+    direction: Direction,
+    scales: Scales,
+    generator: torch.Generator,
+    rounding: float = FLOAT32_ROUNDING,
 ) -> Factors:
     """A0 = c_A·V[:, a]ᵀ (R×I) and B0 = c_B·U[:, b] (O×R); paper section 3.2, eq. 8 and section 3.3.
 
@@ -288,8 +316,23 @@ def lora_ga_factors(
     Args:
         triplets: the first 2R, or as many as there are.
         generator: a CPU generator, drawn from by the directions `random` and `gaussian`, and for rows that are lacking.
+        rounding: of the gradient's entries, see `significant`.
     """
-    triplets = significant(triplets)
+    triplets = significant(triplets, rounding)
     rows_RI, columns_OR = DIRECTIONS[direction](triplets, rank, generator)
     a_RI, b_OR = scales.c_A * rows_RI, scales.c_B * columns_OR
-    return Factors(a_RI, b_OR, alignment(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm, scales.c_A)
+    return Factors(a_RI, b_OR, first_step(triplets, a_RI, b_OR), triplets.s_K, triplets.gradient_norm, scales.c_A)
+
+
+def stacked(factors: Sequence[Factors], rank: int) -> Factors:
+    """The factors of E experts as one: A0 E×R×I, B0 E×O×R. Of a single weight too, E = 1."""
+    spectra = [torch.nn.functional.pad(each.singular_values_K, (0, 2 * rank))[: 2 * rank] for each in factors]
+    singular_values = torch.stack(spectra).norm(dim=0)
+    return Factors(
+        torch.stack([each.a_RI for each in factors]),
+        torch.stack([each.b_OR for each in factors]),
+        FirstStep(*map(sum, zip(*(each.first_step for each in factors), strict=True))),
+        singular_values[singular_values > 0],
+        math.hypot(*(each.gradient_norm for each in factors)),
+        factors[0].scale,
+    )

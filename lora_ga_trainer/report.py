@@ -7,6 +7,16 @@ NAMED = 3
 """Idle layers that the summary names; all are in `InitReport.idle`."""
 
 
+class ExpertCounts(NamedTuple):
+    """Of the weights in one parameter."""
+
+    total: int
+    idle: int
+    """Those that no token of the sample reached in a way that the loss feels. They start as in LoRA: A0 random, B0 zero."""
+    thin: int
+    """Those whose gradient has fewer than 2·r singular pairs. What is lacking starts as in LoRA."""
+
+
 class LayerReport(NamedTuple):
     """What the initialization found in one layer; see `InitReport`."""
 
@@ -14,6 +24,7 @@ class LayerReport(NamedTuple):
     singular_values: list[float]
     gradient_norm: float
     scale: float
+    experts: ExpertCounts
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class InitReport:
         gradient_norm: for each layer of `alignment`, ‖G‖, including what lies beyond the 2·r; an estimate with the sketch.
         scale: for each adapted layer c, the length of the rows of A0. Empty if it comes from a file older than this field.
         idle: the layers that get no gradient from any row of the sample. They start as in LoRA: A0 random, B0 zero.
+        experts: for each adapted parameter with the weights of several experts, how many there are, and how many of them are
+            idle or thin. Everything else that is said of it is said of all together, as of one block-diagonal matrix.
     """
 
     alignment: dict[str, float]
@@ -47,6 +60,7 @@ class InitReport:
     gradient_norm: dict[str, float] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    experts: dict[str, ExpertCounts] = field(default_factory=dict)
 
     @property
     def alignment_mean(self) -> float:
@@ -82,12 +96,27 @@ class InitReport:
         if self.idle:
             more = f" and {len(self.idle) - NAMED} more" if len(self.idle) > NAMED else ""
             lines.append(f"  idle       {self.idle_note()}: {', '.join(self.idle[:NAMED])}{more}")
+        if self.experts:
+            lines.append(f"  experts    {self.experts_note()}")
         return "\n".join(lines)
 
     def idle_note(self) -> str:
         """How many layers had no gradient, in words."""
         layers = len(self.alignment) + len(self.idle)
         return f"{len(self.idle)} of {layers} layers got no gradient from the sample and start as in LoRA"
+
+    def total_experts(self) -> ExpertCounts:
+        """Of all parameters together."""
+        return ExpertCounts(*map(sum, zip(*self.experts.values(), strict=True)))
+
+    def experts_note(self) -> str:
+        """How many experts had little or no gradient, in words."""
+        total = self.total_experts()
+        advice = "; a larger `ga_num_samples` reaches more" if total.idle or total.thin else ""
+        return (
+            f"of {total.total:,} experts' weights {total.idle:,} got no gradient from the sample and start as in LoRA, and "
+            f"{total.thin:,} one of fewer than 2·r singular pairs{advice}"
+        )
 
     def metrics(self) -> dict[str, float]:
         """The same, for a logger."""
@@ -97,6 +126,8 @@ class InitReport:
             "ga/idle_weights": len(self.idle),
             "ga/init_seconds": self.seconds,
         }
+        if self.experts:
+            metrics |= {"ga/idle_experts": self.total_experts().idle, "ga/thin_experts": self.total_experts().thin}
         if self.extra_peak_bytes is not None:
             metrics["ga/init_bytes"] = self.extra_peak_bytes
         if any(self.all_reduced_bytes):

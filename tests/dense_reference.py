@@ -98,7 +98,7 @@ def weight_gradient(named_weights, losses):
     """∂(Σ losses)/∂W by autograd on the weights themselves; `named_weights` maps a name to (weight, transposed?)."""
     grads = torch.autograd.grad(sum(losses), [weight for weight, _ in named_weights.values()])
     return {
-        name: grad.T if transposed else grad
+        name: grad.mT if transposed else grad
         for (name, (_, transposed)), grad in zip(named_weights.items(), grads, strict=True)
     }
 
@@ -118,9 +118,15 @@ def token_mean_loss(logits_BTV, labels_BT, num_tokens, ahead=1):
 def autograd_gradients(base, names, batches):
     """By autograd on the weights of the untouched base model, in eval mode: no dropout, no probe, no PEFT."""
     weights = {}
+    modules = dict(base.named_modules())
     for name in names:
-        module = base.get_submodule(name.removeprefix("base_model.model."))
-        weights[name] = (module.weight, not isinstance(module, torch.nn.Linear))  # Conv1D stores I×O
+        path = name.removeprefix("base_model.model.")
+        if path in modules:
+            weights[name] = (modules[path].weight, not isinstance(modules[path], torch.nn.Linear))  # Conv1D stores I×O
+        else:  # a parameter: most classes of experts say whether they store E×I×O; to PEFT those of Llama 4 are E×O×I
+            parameter = base.get_parameter(path)
+            owner = modules[path.rpartition(".")[0]]
+            weights[name] = (parameter, parameter.dim() == 3 and getattr(owner, "is_transposed", False))
     ahead = 0 if base.config.is_encoder_decoder else 1  # an encoder-decoder shifts the labels into its decoder's inputs
     num_tokens = sum(int(batch["labels"][:, ahead:].ne(-100).sum()) for batch in batches)
     losses = [token_mean_loss(base(**batch).logits, batch["labels"], num_tokens, ahead) for batch in batches]

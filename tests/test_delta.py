@@ -36,7 +36,7 @@ def randomize(layers, trained=True, seed=0):
         # dA, dB: without the offset dB is the weight that PEFT made
         da, db = (next(iter(half["default"].parameters())) for half in (layer.lora_A, layer.lora_B))
         draw = lambda p: torch.randn(p.shape, generator=generator)  # noqa: E731
-        AdaptedWeight("", layer, "default").write_factors(draw(da), draw(db))
+        AdaptedWeight("", layer, "default").write_factors(draw(da)[None], draw(db)[None])
         if trained:
             with torch.no_grad():
                 da.copy_(0.1 * draw(da))

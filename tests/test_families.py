@@ -42,9 +42,8 @@ from transformers import (
     T5Config,
 )
 
-from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint import export
-from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -99,18 +98,24 @@ FAMILIES = {  # a configuration, and what is targeted
         lambda: FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True), "all-linear"
     ),
     "bloom": (lambda: BloomConfig(**TOKENS, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.1), "all-linear"),
-    # Mixtures: the experts of most are one tensor, and no layers, since transformers 5; their routers are no `nn.Linear`
-    "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.1), ATTENTION),
+    # Mixtures: the experts of most are one parameter, since transformers 5, and their routers are no `nn.Linear`. For some
+    # "all-linear" means both to PEFT; for the others it means neither.
+    "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.1), "all-linear"),
     "qwen2_moe": (lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=28), "all-linear"),
-    "qwen3_moe": (lambda: Qwen3MoeConfig(**EXPERTS), ATTENTION),
+    "qwen3_moe": (lambda: Qwen3MoeConfig(**EXPERTS), "all-linear"),
     "gpt_oss": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), "all-linear"),
+    "qwen2_moe_experts": (lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=28), ATTENTION),
+    "gpt_oss_experts": (lambda: GptOssConfig(**GROUPED, num_local_experts=4), ATTENTION),  # I×O
+    "llama4_experts": (  # I×O, and every expert gets all tokens
+        lambda: Llama4TextConfig(**GROUPED, intermediate_size_mlp=40, num_local_experts=4, moe_layers=[1]), ATTENTION
+    ),
     "deepseek_v3": (  # latent attention
         lambda: DeepseekV3Config(
             **SIZES, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
             q_lora_rank=14, kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10,
             first_k_dense_replace=1,
         ),
-        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        "all-linear",
     ),
     "switch_transformers": (  # each expert is a module, and gets the tokens that are routed to it
         lambda: SwitchTransformersConfig(
@@ -146,6 +151,11 @@ FAMILIES = {  # a configuration, and what is targeted
         "all-linear",
     ),
 }  # fmt: skip
+PARAMETERS = {  # besides
+    "qwen2_moe_experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+    "gpt_oss_experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "llama4_experts": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+}
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
@@ -156,6 +166,7 @@ def pair(family, target_modules=None, dtype=torch.float32, **lora):
     config = lora_config(
         r=2,
         target_modules=target_modules or targets,
+        target_parameters=PARAMETERS.get(family),
         task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
         **lora,
     )
@@ -178,10 +189,15 @@ def test_the_logits_are_the_bases_bit_for_bit(family, dtype):
     for (
         name,
         layer,
-    ) in layers.items():  # A takes the first r pairs; few tokens reach some experts, and gates have one output
-        assert layer.A.frozen.any(dim=1).all(), name
+    ) in layers.items():  # A takes the first r pairs; few tokens reach some experts, gates have one output
+        assert layer.A.frozen.any(dim=-1).all(), name
         assert layer.B.frozen.any() == (len(report.singular_values[name]) > layer.rank), name
-    if FAMILIES[family][1] == "all-linear":  # really all of them, but the head
+    experts = {name for name, parameter in base.named_parameters() if parameter.dim() == 3 and "experts" in name}
+    if model.peft_config["default"].target_parameters:
+        assert experts and {
+            f"base_model.model.{name}" for name in experts
+        } <= layers.keys() == report.experts.keys() | {name for name, layer in layers.items() if layer.experts == 1}
+    elif FAMILIES[family][1] == "all-linear":  # really all of them, but the head
         linear = [
             name
             for name, module in base.named_modules()
@@ -238,24 +254,6 @@ IDLE_EXPERTS = SwitchTransformersConfig(
 )  # fmt: skip
 """Forty experts a layer, for fewer tokens than that."""
 LLAMA4 = Llama4TextConfig(**GROUPED, intermediate_size_mlp=40, num_local_experts=4, moe_layers=[1])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "gate_proj", "up_proj", "w1", "w3"]])
-def test_experts_that_are_no_layers_are_refused(family, target_modules):
-    """PEFT turns these into parameters to train. Without the experts "all-linear" would not be what was asked for."""
-    with pytest.raises(ValueError, match=r'target_parameters=.*Mixture-of-Experts.*Name the linear layers, .*"q_proj"'):
-        attach_lora_ga(pair(family, target_modules)[0], CONFIG)
-
-
-def test_they_are_refused_when_the_trainer_is_made(sft_config, prompt_completion, tokenizer):
-    with pytest.raises(ValueError, match="target_parameters=.*Mixture-of-Experts"):
-        LoRAGASFTTrainer(
-            model=random_model(FAMILIES["mixtral"][0]()),
-            args=sft_config(),
-            train_dataset=prompt_completion,
-            processing_class=tokenizer,
-        )
 
 
 def test_a_router_that_also_says_which_experts_is_refused():

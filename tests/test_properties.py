@@ -22,7 +22,7 @@ from lora_ga_trainer.adapter.delta import attach_delta_form
 from lora_ga_trainer.adapter.targets import lora_layers
 from lora_ga_trainer.adapter.weight import AdaptedWeight
 from lora_ga_trainer.checkpoint.layouts import LAYOUTS
-from lora_ga_trainer.factors import Scales, SingularTriplets, alignment, lora_ga_factors, scale_factors
+from lora_ga_trainer.factors import Factors, Scales, SingularTriplets, first_step, lora_ga_factors, scale_factors
 from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
 
 CPU = torch.device("cpu")
@@ -122,7 +122,8 @@ def test_the_alignment_is_between_0_and_1(layer, seed, left_out, scales):
     triplets = SingularTriplets(u, s, v, (s.square().sum() + left_out).sqrt().item())
     a_RI = scales[0] * torch.randn(R, I, generator=generator(seed + 3))
     b_OR = scales[1] * torch.randn(O, R, generator=generator(seed + 4))
-    found = alignment(triplets, a_RI, b_OR)
+    step = first_step(triplets, a_RI, b_OR)
+    found = Factors(a_RI, b_OR, step, s, triplets.gradient_norm, scales[0]).alignment
     assert -1e-6 <= found <= 1 + 1e-5  # float32
     if left_out == 0:
         assert found == pytest.approx(dense_reference.alignment(u * s @ v.T, a_RI, b_OR), abs=1e-4)
@@ -244,7 +245,7 @@ def test_at_the_start_nothing_is_added(layer, seed, dtype, bias, offset, alpha, 
     (adapted,) = lora_layers(model, "default").values()
     attach_delta_form(adapted, "default", offset)
     factors = (torch.randn(R, I, generator=generator(seed)), torch.randn(O, R, generator=generator(seed + 1)))
-    AdaptedWeight("layer", adapted, "default").write_factors(*(10**magnitude * factor for factor in factors))
+    AdaptedWeight("layer", adapted, "default").write_factors(*(10**magnitude * factor[None] for factor in factors))
     x = torch.randn(tokens, I, generator=generator(seed + 2)).to(dtype)
     with torch.no_grad():
         assert torch.equal(model(x), base(x))

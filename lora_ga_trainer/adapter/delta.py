@@ -17,7 +17,10 @@ Without the offset B0 is zero, and what is left is a LoRA of rank R, whose `lora
 
     y = W0 x + s·dB (A0 + dA) x        lora_A = A0 + dA        lora_B = dB
 
-Shapes: O out features, I in features, R the rank that trains.
+The experts of a mixture are one parameter of E weights, which PEFT adapts with one A and one B for all of them. The same halves
+hold those, see `join_a` and `join_b`; PEFT reads their `weight` alone and adds s·BA to the parameter.
+
+Shapes: O out features, I in features, R the rank that trains, E experts.
 """
 
 from types import MethodType
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from .joined_weight import joined_weight
@@ -36,15 +39,17 @@ class DeltaHalf(nn.Module):
     """A matrix in delta form: a trainable difference, zero at the start, and a frozen initial factor.
 
     `trainable` is the parameter that PEFT made, set to zero, so that an optimizer which already holds it keeps working.
-    `frozen` is zero until it is estimated; it has the same dtype and device.
+    `frozen` is zero until it is estimated; it has the same dtype and device. Where PEFT has the rows of E experts one after
+    the other, the `stack` E, its shape tells them apart: E×R×I.
     """
 
-    def __init__(self, trainable: nn.Parameter):
+    def __init__(self, trainable: nn.Parameter, stack: int = 1):
         super().__init__()
         with torch.no_grad():
             trainable.zero_()
         self.trainable = trainable
-        self.frozen = nn.Parameter(torch.zeros_like(trainable), requires_grad=False)
+        frozen = torch.zeros_like(trainable)
+        self.frozen = nn.Parameter(frozen.unflatten(0, (stack, -1)) if stack > 1 else frozen, requires_grad=False)
 
 
 class OffsetHalf(DeltaHalf):
@@ -57,8 +62,8 @@ class OffsetHalf(DeltaHalf):
 
     history: Tensor | None
 
-    def __init__(self, trainable: nn.Parameter):
-        super().__init__(trainable)
+    def __init__(self, trainable: nn.Parameter, stack: int = 1):
+        super().__init__(trainable, stack)
         self.register_buffer("history", None, persistent=False)
 
     @staticmethod
@@ -77,9 +82,12 @@ class DeltaA(OffsetHalf):
     join = staticmethod(join_a)
 
     @staticmethod
-    def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
-        """(dA, history) of a joined weight, bit for bit. A0 is not in it but for one rounding; `checkpoint` keeps it apart."""
-        _, trainable, history = weight.tensor_split([rank, 2 * rank], dim=0)
+    def split(weight: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(dA, history) of a joined weight, bit for bit. A0 is not in it but for one rounding; `checkpoint` keeps it apart, and
+        gives it here as `frozen`."""
+        *stacked, rank, in_features = frozen.shape
+        _, *parts = weight.view(*stacked, -1, in_features).tensor_split([rank, 2 * rank], dim=-2)
+        trainable, history = (part.flatten(0, -2) for part in parts)
         return trainable, history if len(history) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +107,9 @@ class DeltaB(OffsetHalf):
     join = staticmethod(join_b)
 
     @staticmethod
-    def split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(dB, B0, history) of a joined weight, bit for bit."""
-        trainable, frozen, history = weight.tensor_split([rank, 2 * rank], dim=1)
+    def split(weight: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dB, B0, history) of a joined weight, bit for bit, of which the first two have R `columns`, or R·E."""
+        trainable, frozen, history = weight.tensor_split([columns, 2 * columns], dim=1)
         return trainable, frozen, history if history.shape[1] else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ class SumA(DeltaHalf):
 
     @staticmethod
     def join(trainable: Tensor, frozen: Tensor) -> Tensor:
-        return frozen + trainable
+        return frozen.flatten(0, -2) + trainable
 
     @property
     def weight(self) -> Tensor:
@@ -134,11 +142,12 @@ def attach_delta_form(layer: LoraLayer, adapter_name: str, offset: bool = True) 
     random values are dropped. Without the `offset` B stays as PEFT made it, zero.
     """
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    stack = layer.num_experts if isinstance(layer, ParamWrapper) else 1
     if offset:
-        layer.lora_A[adapter_name] = DeltaA(lora_A.weight)
+        layer.lora_A[adapter_name] = DeltaA(lora_A.weight, stack)
         layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
     else:
-        layer.lora_A[adapter_name] = SumA(lora_A.weight)
+        layer.lora_A[adapter_name] = SumA(lora_A.weight, stack)
     layer.set_adapter = MethodType(_set_adapter, layer)
     layer.set_requires_grad = MethodType(_set_requires_grad, layer)
     layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)

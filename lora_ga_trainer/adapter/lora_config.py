@@ -61,14 +61,6 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
                 f"An alpha of the `LoraConfig` (`lora_alpha` or in `alpha_pattern`) is {alpha!r}, but must be a finite number "
                 "above 0: the adapter's output is multiplied by it. 16 is the paper's."
             )
-    if config.target_parameters:
-        # also made by PEFT, of names in `target_modules` that are such parameters
-        raise ValueError(
-            f"`LoraConfig(target_parameters={config.target_parameters!r})` cannot be combined with LoRA-GA: parameters outside "
-            "of linear layers have no input that the probe could see. The experts of a Mixture-of-Experts model are such "
-            'parameters, and PEFT makes this field of "all-linear", "gate_proj" and the like. Name the linear layers, for '
-            'example `LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])`, or use the trainer without LoRA-GA.'
-        )
     for option in fields(config):
         value = getattr(config, option.name)
         if option.name in OTHER_METHODS and value:

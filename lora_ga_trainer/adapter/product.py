@@ -23,13 +23,21 @@ from torch import Tensor
 
 
 def join_a(trainable_RI: Tensor, frozen_RI: Tensor, history: Tensor | None) -> Tensor:
-    """[A0 + dA; dA; H_A] (K×I) in the dtype of dA."""
-    earlier = [] if history is None else [history.to(trainable_RI.dtype)]
-    return torch.cat([frozen_RI + trainable_RI, trainable_RI, *earlier], dim=0)
+    """[A0 + dA; dA; H_A] (K×I) in the dtype of dA.
+
+    A0 of E experts is E×R×I. Then dA is E·R×I and the result E·K×I, as PEFT has them: expert after expert.
+    """
+    stacked, I = frozen_RI.shape[:-2], frozen_RI.shape[-1]
+    trainable_RI = trainable_RI.view(frozen_RI.shape)
+    earlier = [] if history is None else [history.to(trainable_RI.dtype).view(*stacked, -1, I)]
+    return torch.cat([frozen_RI + trainable_RI, trainable_RI, *earlier], dim=-2).flatten(0, -2)
 
 
 def join_b(trainable_OR: Tensor, frozen_OR: Tensor, history: Tensor | None) -> Tensor:
-    """[dB, B0, H_B] (O×K) in the dtype of dB."""
+    """[dB, B0, H_B] (O×K) in the dtype of dB.
+
+    With E experts all are as PEFT has them, O×R·E: the first columns of all experts, then their second, and so on.
+    """
     earlier = [] if history is None else [history.to(trainable_OR.dtype)]
     return torch.cat([trainable_OR, frozen_OR, *earlier], dim=1)
 

@@ -4,14 +4,13 @@ The gradient never needs the weight itself, see `gradient.probe`; the scale `wei
 """
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..arguments import LoRAGAArguments
 from ..distributed.backends import is_sharded
-from .weight import AdaptedWeight
+from .weight import AdaptedParameter, AdaptedWeight
 
 UNQUANTIZED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZABLE = ("Linear4bit", "Linear8bitLt", "HqqLoraLinear", "TorchaoLoraLinear")
@@ -27,9 +26,11 @@ def is_quantized(base: nn.Module) -> bool:
     return base.weight.dtype not in UNQUANTIZED or not is_plain
 
 
-def dequantized_weight(layer: LoraLayer) -> Tensor:
-    """W of the base layer, O×I (I×O in a Conv1D), dequantized if need be. The layer itself is not changed."""
-    base = layer.get_base_layer()
+def dequantized_weight(weight: AdaptedWeight) -> Tensor:
+    """W of the base layer, O×I (I×O in a Conv1D), dequantized if need be; of a parameter E×O×I. The layer is not changed."""
+    if isinstance(weight, AdaptedParameter):
+        return weight.as_EOI(weight.layer.get_param())
+    layer, base = weight.layer, weight.layer.get_base_layer()
     if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
         # Not `dequantize_module_weight`: on the CPU it puts a new parameter in place, and one of 8 bits loses its scales.
         state = base.state if get_bnb_param_type(base.weight) == "8bit" else None
@@ -47,6 +48,8 @@ def check_scale(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> N
         return
     for name, weight in weights.items():
         kind = type(weight.layer).__name__
+        if isinstance(weight, AdaptedParameter):
+            continue
         if is_quantized(weight.layer.get_base_layer()) and kind not in DEQUANTIZABLE:
             raise ValueError(
                 f'`ga_scale="weight_svd"` needs the singular values of the weights, but that of {name} ({kind}) cannot be '

@@ -1,10 +1,10 @@
 """Which of a model's layers the adapter targets, and which of them cannot be started from a gradient."""
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
-from ..distributed.backends import is_sharded
+from ..distributed.backends import is_sharded, is_zero3
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -20,8 +20,8 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Refuse layers that cannot take the delta form.
 
     Raises:
-        ValueError: the adapter targets nothing, targets a layer that is not linear, is sharded or offloaded, is not
-            trainable, or has already been trained (B is not zero).
+        ValueError: the adapter targets nothing, targets a layer that is not linear or a parameter that ZeRO-3 has partitioned,
+            is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
     """
     if not layers:
         raise ValueError(
@@ -46,6 +46,8 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             "multiplies an input, so only linear layers can be targets. Remove it from `target_modules` or name it in "
             "`exclude_modules`; `modules_to_save` trains it fully."
         )
+    if isinstance(layer, ParamWrapper):
+        check_whole_parameter(name, layer)
     if is_sharded(layer.lora_A[adapter_name].weight):
         raise ValueError(
             f"The adapter {adapter_name!r} of {name} is sharded already, so LoRA-GA's own parameters would come too late. Call "
@@ -68,4 +70,18 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
             f"The adapter {adapter_name!r} has already been trained: B of {name} is not zero, and LoRA-GA would discard "
             "it. Start from a fresh adapter (pass the base model and a `peft_config`), or merge this one first "
             "(`model = model.merge_and_unload()`)."
+        )
+
+
+def check_whole_parameter(name: str, layer: ParamWrapper) -> None:
+    """
+    Raises:
+        ValueError: DeepSpeed ZeRO-3 has partitioned the parameter that PEFT adapts in `layer`. PEFT adds s·BA to it while its
+            module runs, when ZeRO-3 has not gathered it yet, or for some families fails before that.
+    """
+    if is_zero3(layer.get_param()):
+        raise ValueError(
+            f"`{layer.parameter_name}` of {name} is partitioned by DeepSpeed ZeRO-3, where PEFT's adapters of parameters, such "
+            "as those of a mixture's experts, do not work. Use ZeRO-1, ZeRO-2 or FSDP2, or target linear layers only "
+            '(`LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])`).'
         )

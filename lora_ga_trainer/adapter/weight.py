@@ -1,28 +1,39 @@
 """One adapted weight: all that the rest of the package sees of a PEFT layer and of the adapter's pair in it.
 
-Shapes: O out features, I in features, R the rank that trains.
+Shapes: O out features, I in features, R the rank that trains, E experts.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..compatibility import stores_outputs_first
 from ..distributed.backends import compute_device, full_tensor, write_parameter
 from .delta import DeltaHalf, OffsetHalf
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedWeight:
-    """A weight W (O×I) of the base model, and the pair A (R×I), B (O×R) that the adapter trains beside it."""
+    """The weight W (O×I) of a linear layer, and the pair A (R×I), B (O×R) that the adapter trains beside it."""
 
-    name: str
+    path: str
     """Of PEFT's layer, in `named_modules()`."""
     layer: LoraLayer
     adapter_name: str
+
+    @property
+    def name(self) -> str:
+        """For people and reports."""
+        return self.path
+
+    @property
+    def experts(self) -> int:
+        """E: how many weights stand in one parameter, each with a pair of its own."""
+        return 1
 
     @property
     def out_features(self) -> int:
@@ -70,17 +81,18 @@ class AdaptedWeight:
         """Both halves by module name: what a restart freezes. None without the offset."""
         halves = {"lora_A": self.A, "lora_B": self.B}
         return {
-            f"{self.name}.{matrix}.{self.adapter_name}": half
+            f"{self.path}.{matrix}.{self.adapter_name}": half
             for matrix, half in halves.items()
             if isinstance(half, OffsetHalf)
         }
 
-    def write_factors(self, a_RI: Tensor, b_OR: Tensor) -> None:
-        """Put A0 and B0 into their frozen halves, cast to the adapter's dtype: the only write of the initialization.
+    def write_factors(self, a_ERI: Tensor, b_EOR: Tensor) -> None:
+        """Put every A0 and B0 into their frozen halves, cast to the adapter's dtype: the only write of the initialization.
 
         Every process has to call it. Without the offset B0 is zero and has no place of its own.
         """
-        for half, factor in ((self.A, a_RI), (self.B, b_OR)):
+        a = a_ERI if self.experts > 1 else a_ERI[0]
+        for half, factor in ((self.A, a), (self.B, b_EOR.permute(1, 2, 0).flatten(1))):
             if isinstance(half, DeltaHalf):
                 write_parameter(half.frozen, factor)
 
@@ -94,3 +106,40 @@ class AdaptedWeight:
             trainable, frozen = full_tensor(half.trainable), full_tensor(half.frozen)
             half.history = half.join(trainable, frozen, half.history).to(self.device)
             write_parameter(half.trainable, torch.zeros_like(trainable))
+
+
+class AdaptedParameter(AdaptedWeight):
+    """A parameter that the adapter reaches without a linear layer (`LoraConfig(target_parameters=...)`): the E weights of a
+    mixture's experts, or a single one, such as that of its router.
+
+    PEFT's layer stands around the module that has the parameter. Where that module has two of them, one layer stands around
+    the other.
+    """
+
+    layer: ParamWrapper
+
+    @property
+    def name(self) -> str:
+        module = self.path
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        return f"{module}.{self.layer.parameter_name}"
+
+    @property
+    def experts(self) -> int:
+        return self.layer.num_experts
+
+    def as_EOI(self, matrices: Tensor) -> Tensor:
+        """The parameter, or its gradient, as E matrices O×I: a view."""
+        if matrices.dim() == 2:
+            return matrices[None]
+        return matrices if stores_outputs_first(self.layer) else matrices.mT
+
+
+def adapted_weights(layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, AdaptedWeight]:
+    """What `adapter_name` adapts in PEFT's `layers`, which are given by path, by name."""
+    kinds = {
+        path: AdaptedParameter if isinstance(layer, ParamWrapper) else AdaptedWeight for path, layer in layers.items()
+    }
+    weights = [kinds[path](path, layer, adapter_name) for path, layer in layers.items()]
+    return {weight.name: weight for weight in weights}

@@ -1,7 +1,7 @@
 """From a checkpoint to a release: the adapter alone, or the base model with the adapter merged into it.
 
 It takes one process, no trainer, and no model in memory: the base is read and written one file at a time, so it needs the
-memory of the largest file.
+memory of the largest file. Only a mixture's experts are merged in memory.
 
 Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
 """
@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,8 @@ def export(
     Args:
         checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
         out: must be empty or not exist.
-        merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files.
+        merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files. With
+            adapted parameters, such as a mixture's experts, PEFT merges in the dtype of W0, with the whole model in memory.
         base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names.
 
     Raises:
@@ -57,7 +58,10 @@ def export(
             config = LoraConfig.from_pretrained(checkpoint_dir)
             trained_on = config.base_model_name_or_path, config.revision
             source = base_directory(*((base_model, None) if base_model else trained_on))
-            write_merged(source, directory, adapter, config)
+            if config.target_parameters:
+                write_merged_model(source, directory, checkpoint_dir)
+            else:
+                write_merged(source, directory, adapter, config)
         else:
             for name in ADAPTER_FILES:
                 shutil.copy(checkpoint_dir / name, directory / name)
@@ -133,12 +137,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
         ValueError: the base is quantized, is not one of transformers' own models, or its index names a missing file; or
             something in the adapter has no counterpart in it.
     """
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if "quantization_config" in model_config.to_dict():
-        raise ValueError(
-            f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
-            "export the adapter alone."
-        )
+    model_config = unquantized_config(source)
     with torch.device("meta"):
         skeleton = model_class(model_config)(model_config)
     check_same_vocabulary(adapter, skeleton)
@@ -154,6 +153,32 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
                 for name in file.keys()  # noqa: SIM118 (not a dict)
             }
         save_file(merged, target / shard.name, metadata={"format": "pt"})
+
+
+def write_merged_model(source: Path, target: Path, adapter: Path) -> None:
+    """The same by PEFT, for experts: memory holds them as one parameter, most files have a tensor for each.
+
+    Raises:
+        ValueError: the base is quantized, or is not one of transformers' own models.
+    """
+    base = model_class(unquantized_config(source)).from_pretrained(source, dtype="auto")
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    copy_files(source, companions(source), target)
+    merged.save_pretrained(target)
+
+
+def unquantized_config(source: Path) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: the model in `source` is quantized.
+    """
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if "quantization_config" in model_config.to_dict():
+        raise ValueError(
+            f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
+            "export the adapter alone."
+        )
+    return model_config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

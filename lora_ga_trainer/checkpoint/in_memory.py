@@ -73,7 +73,7 @@ def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], pr
         ValueError: `state_dict` has one.
     """
     adapter_name = peft_model.lora_ga.name
-    for layer in peft_model.lora_ga.weights:
+    for layer in (weight.path for weight in peft_model.lora_ga.weights.values()):
         # checking A suffices: it is always in delta form, and a file has both
         for name in ("lora_A.weight", f"lora_A.{adapter_name}.weight"):
             if f"{prefix}{layer}.{name}" in state_dict:

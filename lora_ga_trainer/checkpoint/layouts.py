@@ -7,7 +7,8 @@
 `lora_ga.safetensors` keeps what cannot be recovered exactly from the matrices: a sum does not determine its terms.
 Names in memory are those of `state_dict()`: `trainable` is the difference, `frozen` the initial factor.
 
-Shapes: O out features, I in features, R the rank that trains.
+Shapes: O out features, I in features, R the rank that trains. With E experts A0 is E×R×I, and what PEFT reads is E·2R×I and
+O×2R·E; see `adapter.product`.
 """
 
 from typing import Any, Protocol
@@ -66,11 +67,11 @@ class WithOffset:
         for key, value in on_disk.items():
             module = key.removesuffix(".weight")
             if key.endswith(".lora_A.weight"):
-                in_memory[f"{module}.frozen"] = a0_RI = resume_only[module.removesuffix(".lora_A")]
-                in_memory[f"{module}.trainable"], in_memory[f"{module}.history"] = DeltaA.split(value, len(a0_RI))
+                in_memory[f"{module}.frozen"] = a0 = resume_only[module.removesuffix(".lora_A")]
+                in_memory[f"{module}.trainable"], in_memory[f"{module}.history"] = DeltaA.split(value, a0)
             elif key.endswith(".lora_B.weight"):
-                rank = len(resume_only[module.removesuffix(".lora_B")])
-                parts = DeltaB.split(value, rank)
+                a0 = resume_only[module.removesuffix(".lora_B")]
+                parts = DeltaB.split(value, a0.shape[:-1].numel())
                 in_memory |= zip((f"{module}.trainable", f"{module}.frozen", f"{module}.history"), parts, strict=True)
             else:
                 in_memory[key] = value

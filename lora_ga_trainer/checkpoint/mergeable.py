@@ -11,6 +11,7 @@ from ..adapter.lora_config import OTHER_METHODS
 
 COMPUTED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save",
+    "target_parameters",
 )  # fmt: skip
 """Fields that `exporting` handles, directly or through the tensors that they create."""
 WITHOUT_EFFECT = (
@@ -26,7 +27,6 @@ BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """The `init_lora_weights` that leave the base weights unchanged."""
 REFUSED = OTHER_METHODS | {
     "layer_replication": "the replicated layers share their base weights, and each has an adapter of its own",
-    "target_parameters": "the adapter of a parameter outside of linear layers has another form",
     "trainable_token_indices": "only some rows of the embeddings were trained",
 }
 

@@ -1,8 +1,9 @@
 """`lora_ga.json`: the settings and the results of a LoRA-GA run, next to its adapter's files."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -13,7 +14,7 @@ from .._version import __version__
 from ..adapter.state import LoRAGAState
 from ..arguments import LoRAGAArguments
 from ..distributed.launches import Launch
-from ..report import InitReport
+from ..report import ExpertCounts, InitReport
 
 STATE_FILE = "lora_ga.json"
 WITHOUT_EFFECT = ("ga_batch_size",)
@@ -44,14 +45,20 @@ def read_state(directory: Path) -> LoRAGAState:
         document.pop("versions")
         launch = document["launch"] and Launch(**document["launch"])
         reports = {
-            "report": InitReport(**document["report"]),
-            "restarts": [InitReport(**report) for report in document.get("restarts", [])],
+            "report": _report(document["report"]),
+            "restarts": [_report(report) for report in document.get("restarts", [])],
         }
         return LoRAGAState(**document | reports | {"launch": launch})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}). Resume from another checkpoint, or copy the file again from its source."
         ) from error
+
+
+def _report(document: dict[str, Any]) -> InitReport:
+    report = InitReport(**document)
+    counts = {name: ExpertCounts(*counts) for name, counts in report.experts.items()}
+    return replace(report, experts=counts)
 
 
 def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:

@@ -2,11 +2,17 @@
 
 Shapes: O out features, I in features, T tokens, K sketch width, H held-out columns.
 
-Both accumulators have one interface. `passes` is how often the same examples have to stream by; in each pass every
-batch is given to `add`, then `end_pass` is called once; after the last pass `triplets` gives the result. Everything is
-accumulated in float32, whatever the dtype of x and dy; see `product`.
+All accumulators have one interface. `passes` is how often the same examples have to stream by; in each pass every
+batch is given to `add`, then `end_pass` is called once; after the last pass `matrices` gives the accumulators of single
+gradients, and their `triplets` the result. Everything is accumulated in float32, whatever the dtype of x and dy; see `product`.
+
+A linear layer has one gradient. The E experts of a mixture share one parameter, whose gradient autograd makes whole, E×O×I:
+`ExpertGradients` and `ExpertSketches` are E accumulators side by side, which `add` that.
 """
 
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -80,6 +86,9 @@ def add_product(sum_MN: Tensor, a_MT: Tensor, b_TN: Tensor) -> None:
 class ExactGradient:
     """The whole gradient G (O×I, float32). The reference, and the smaller of the two for small layers."""
 
+    rounding = torch.finfo(torch.float32).eps
+    """Of each entry of what is added, relative to it."""
+
     def __init__(self, out_features: int, in_features: int, device: torch.device):
         self.passes = 1
         self.grad_OI = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
@@ -95,6 +104,9 @@ class ExactGradient:
 
     def end_pass(self) -> None:
         pass
+
+    def matrices(self) -> "Iterable[ExactGradient]":
+        return [self]
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k singular triplets of G, from a full SVD."""
@@ -135,6 +147,8 @@ class GradientSketch:
             16 bits moves by, above one in float32.
     """
 
+    rounding = ExactGradient.rounding
+
     def __init__(
         self,
         out_features: int,
@@ -157,9 +171,9 @@ class GradientSketch:
         return gaussian_matrix(in_features, columns, self.seed + 1, self.device, self.basis_dtype)
 
     def _start_sums(self) -> None:
-        (O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape
-        self.range_OK = torch.zeros(O, columns, device=self.device, dtype=torch.float32)
-        self.corange_KI = torch.zeros(K, I, device=self.device, dtype=torch.float32)
+        (*stacked, O, K), (I, columns) = self.left_OK.shape, self.right_IK.shape[-2:]
+        self.range_OK = torch.zeros(*stacked, O, columns, device=self.device, dtype=torch.float32)
+        self.corange_KI = torch.zeros(*stacked, K, I, device=self.device, dtype=torch.float32)
 
     def add(self, x_TI: Tensor, dy_TO: Tensor) -> None:
         """Y += dyᵀ(xP) and Z += (dyQ)ᵀx."""
@@ -178,13 +192,16 @@ class GradientSketch:
         """Turn what this pass summed into the bases that the next pass multiplies with."""
         self.passes_done += 1
         if self.passes_done == 1:
-            range_OK, held_out_OH = self.range_OK.split([self.width, HELD_OUT_COLUMNS], dim=1)
+            range_OK, held_out_OH = self.range_OK.split([self.width, HELD_OUT_COLUMNS], dim=-1)
             # the norm needs three digits of it
             self.held_out_OH, self.range_OK = held_out_OH.to(self.basis_dtype, copy=True), range_OK.contiguous()
         if self.passes_done < self.passes:
             self.left_OK = torch.linalg.qr(self.range_OK).Q.to(self.basis_dtype)
-            self.right_IK = torch.linalg.qr(self.corange_KI.T).Q.to(self.basis_dtype)
+            self.right_IK = torch.linalg.qr(self.corange_KI.mT).Q.to(self.basis_dtype)
             self._start_sums()
+
+    def matrices(self) -> "Iterable[GradientSketch]":
+        return [self]
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
@@ -237,3 +254,67 @@ def _svd_of_tall(m_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_NK, r_KK = torch.linalg.qr(m_NK)
     u_KK, s_K, wt_KK = torch.linalg.svd(r_KK.cpu())
     return q_NK @ u_KK.to(m_NK.device), s_K.to(m_NK.device), wt_KK.T.to(m_NK.device)
+
+
+EXPERTS_AT_ONCE = 8
+"""Whose gradients are made float32 together: much less than all, and enough to keep a device busy."""
+
+
+def _reached_experts(dW_EOI: Tensor, is_reached_E: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients in float32, a few experts at a time, and where they stand among the E.
+
+    Those of experts without tokens are zero: on some devices grouped products leave there what was in memory before.
+    """
+    for start in range(0, len(dW_EOI), EXPERTS_AT_ONCE):
+        some = slice(start, start + EXPERTS_AT_ONCE)
+        yield some, dW_EOI[some].float().masked_fill(~is_reached_E[some, None, None], 0.0)
+
+
+class ExpertGradients(ExactGradient):
+    """The whole gradients (E×O×I, float32) of E experts."""
+
+    def __init__(self, experts: int, out_features: int, in_features: int, device: torch.device):
+        self.passes = 1
+        self.grad_OI = torch.zeros(experts, out_features, in_features, dtype=torch.float32, device=device)
+
+    def add(self, dW_EOI: Tensor, is_reached_E: Tensor, rounding: float) -> None:  # type: ignore[override]
+        """G += dW, whose entries are off by the relative `rounding`."""
+        self.rounding = rounding
+        for some, grad_OI in _reached_experts(dW_EOI, is_reached_E):
+            self.grad_OI[some] += grad_OI
+
+    def matrices(self) -> Iterator[ExactGradient]:
+        for grad_OI in self.grad_OI:
+            yield _one_of(self, grad_OI=grad_OI)
+
+
+class ExpertSketches(GradientSketch):
+    """Sketches of the gradients of E experts, which begin with the same Gaussian matrices.
+
+    Args:
+        experts: E; the others are those of `GradientSketch`.
+    """
+
+    def __init__(self, experts: int, *args: Any):
+        super().__init__(*args)
+        self.left_OK, self.right_IK = (basis.expand(experts, *basis.shape) for basis in (self.left_OK, self.right_IK))
+        self._start_sums()
+
+    def add(self, dW_EOI: Tensor, is_reached_E: Tensor, rounding: float) -> None:  # type: ignore[override]
+        """Y += dW P and Z += Qᵀ dW, of entries that are off by the relative `rounding`."""
+        self.rounding = rounding
+        for some, grad_OI in _reached_experts(dW_EOI, is_reached_E):
+            self.range_OK[some].baddbmm_(grad_OI, self.right_IK[some].float())
+            self.corange_KI[some].baddbmm_(self.left_OK[some].float().mT, grad_OI)
+
+    def matrices(self) -> Iterator[GradientSketch]:
+        names = ("left_OK", "right_IK", "range_OK", "corange_KI", "held_out_OH")
+        for expert in range(len(self.left_OK)):
+            yield _one_of(self, **{name: getattr(self, name)[expert] for name in names})
+
+
+def _one_of(several: Any, **tensors: Tensor) -> Any:
+    """The accumulator of one of E experts: `several` with that one's tensors."""
+    one = copy.copy(several)
+    vars(one).update(tensors)
+    return one

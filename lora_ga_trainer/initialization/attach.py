@@ -10,7 +10,7 @@ from ..adapter.lora_config import check_lora_config, check_no_adapter, check_own
 from ..adapter.quantized import check_scale
 from ..adapter.state import LoRAGAState
 from ..adapter.targets import check_targets, lora_layers
-from ..adapter.weight import AdaptedWeight
+from ..adapter.weight import adapted_weights
 from ..arguments import LoRAGAArguments
 from ..checkpoint.adapter_files import bind_files, file_has_embeddings
 from ..checkpoint.in_memory import guard_helpers
@@ -48,7 +48,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
         )
     layers = lora_layers(peft_model, adapter_name)
     check_targets(layers, adapter_name)
-    weights = {name: AdaptedWeight(name, layer, adapter_name) for name, layer in layers.items()}
+    weights = adapted_weights(layers, adapter_name)
     for weight in weights.values():
         sketch_width(weight, config)
     check_scale(weights, config)

@@ -1,7 +1,9 @@
 """Every layer's gradient factored on one process, its A0 and B0 written on all.
 
-Shapes: O out features, I in features, R LoRA rank.
+Shapes: O out features, I in features, R LoRA rank, E experts.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +13,9 @@ from ..adapter.quantized import dequantized_weight
 from ..adapter.weight import AdaptedWeight
 from ..arguments import LoRAGAArguments
 from ..distributed.backends import broadcast, failing_together, full_tensor, is_sharded, owners_by_cost, rank
-from ..factors import Factors, LearningRates, leading_singular_values, lora_ga_factors, scale_factors
+from ..factors import Factors, LearningRates, leading_singular_values, lora_ga_factors, scale_factors, stacked
 from ..gradient.estimation import Accumulator, derived_seed
-from ..report import LayerReport
+from ..report import ExpertCounts, LayerReport
 
 
 def write_all_factors(
@@ -32,7 +34,7 @@ def write_all_factors(
     owners = owners_by_cost({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
     mine = {name for name, owner in owners.items() if owner == rank()}
     weights_s = weight_spectra(adapter, mine, config) if config.ga_scale == "weight_svd" else {}
-    found: dict[str, Factors] = {}
+    found: dict[str, FoundFactors] = {}
     with failing_together():
         for name, weight in adapter.weights.items():
             accumulator = accumulators.pop(name)  # so that each gradient is freed in turn
@@ -48,31 +50,42 @@ def write_all_factors(
 
     numbers = {}
     for name, weight in adapter.weights.items():
-        R, O, I, device = weight.rank, weight.out_features, weight.in_features, weight.device
-        flat = torch.zeros(R * I + O * R + 3 + 2 * R, device=device, dtype=torch.float32)
+        E, R, O, I, device = weight.experts, weight.rank, weight.out_features, weight.in_features, weight.device
+        flat = torch.zeros(E * (R * I + O * R) + 5 + 2 * R, device=device, dtype=torch.float32)
         if name in found:
-            factors = found.pop(name)
-            three = torch.tensor(
-                [factors.alignment, factors.gradient_norm, factors.scale], device=device, dtype=torch.float32
+            factors, *counts = found.pop(name)
+            five = torch.tensor(
+                [factors.alignment, factors.gradient_norm, factors.scale, *counts], device=device, dtype=torch.float32
             )
-            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), three, factors.singular_values_K]
+            parts = [factors.a_RI.flatten(), factors.b_OR.flatten(), five, factors.singular_values_K]
             torch.cat(parts, out=flat[: sum(map(len, parts))])
         broadcast(flat, source=owners[name])
-        a, b, of_report = flat.split([R * I, O * R, 2 * R + 3])
+        a, b, of_report = flat.split([E * R * I, E * O * R, 2 * R + 5])
         if adapter.is_initialized:
             weight.freeze_trained()
-        weight.write_factors(a.view(R, I), b.view(O, R))
+        weight.write_factors(a.view(E, R, I), b.view(E, O, R))
         numbers[name] = of_report.clone()  # read below: reading would wait for the device, layer by layer
     reports = {}
     for name, of_report in numbers.items():
-        layer_alignment, gradient_norm, scale, *singular_values = of_report.tolist()
+        layer_alignment, gradient_norm, scale, idle, thin, *singular_values = of_report.tolist()
         pairs = [value for value in singular_values if value]  # 2R, or as many as there are
-        reports[name] = LayerReport(layer_alignment, pairs, gradient_norm, scale)
+        experts = ExpertCounts(adapter.weights[name].experts, int(idle), int(thin))
+        reports[name] = LayerReport(layer_alignment, pairs, gradient_norm, scale, experts)
     return reports
 
 
+class FoundFactors(NamedTuple):
+    """Of all experts of one weight."""
+
+    factors: Factors
+    idle: int
+    """How many have no gradient."""
+    thin: int
+    """How many others have fewer than 2R singular pairs."""
+
+
 def weight_spectra(adapter: LoRAGAAdapter, mine: set[str], config: LoRAGAArguments) -> dict[str, Tensor]:
-    """The R leading singular values of W, dequantized, for the weights that this process factors.
+    """The R leading singular values of W, dequantized, for the weights that this process factors; of experts those of all.
 
     Sharded weights are gathered one after another, so that no two ever stand on a process; all take part. What is computed on
     one meanwhile is a few thin products, which the others hardly wait for.
@@ -85,11 +98,12 @@ def weight_spectra(adapter: LoRAGAAdapter, mine: set[str], config: LoRAGAArgumen
     for name, weight in adapter.weights.items():
         if name not in mine and not any(map(is_sharded, weight.layer.get_base_layer().parameters())):
             continue
-        W = full_tensor(dequantized_weight(weight.layer))
+        W = full_tensor(dequantized_weight(weight))
         if name in mine and problem is None:
             generator = torch.Generator("cpu").manual_seed(derived_seed(f"{name}/weight", config.ga_seed))
+            matrices = W if W.dim() == 3 else [W]
             try:
-                found[name] = leading_singular_values(W, weight.rank, generator)
+                found[name] = torch.stack([leading_singular_values(W, weight.rank, generator) for W in matrices])
             except RuntimeError as error:
                 problem = error
     with failing_together():
@@ -104,8 +118,8 @@ def factor_gradient(
     config: LoRAGAArguments,
     learning_rates: LearningRates | None = None,
     weight_s: Tensor | None = None,
-) -> Factors:
-    """A0 (R×I) and B0 (O×R) of one weight, float32; see `factors` for the formulas.
+) -> FoundFactors:
+    """A0 (E×R×I) and B0 (E×O×R) of one weight, float32; see `factors` for the formulas.
 
     `learning_rates`, those of A and B, are for `matched` only; `weight_s`, the leading singular values of W, for `weight_svd`.
     """
@@ -122,5 +136,17 @@ def factor_gradient(
         weight_singular_values=lambda: weight_s,  # type: ignore[arg-type, return-value]  # not None where it is called
     )
     generator = torch.Generator("cpu").manual_seed(derived_seed(f"{weight.name}/direction", config.ga_seed))
-    triplets = accumulator.triplets(2 * weight.rank)
-    return lora_ga_factors(triplets, weight.rank, config.ga_direction, scales, generator)  # type: ignore[arg-type]  # as above
+    each = [
+        lora_ga_factors(
+            matrix.triplets(2 * weight.rank),
+            weight.rank,
+            config.ga_direction,  # type: ignore[arg-type]  # as above
+            scales,
+            generator,
+            matrix.rounding,
+        )
+        for matrix in accumulator.matrices()
+    ]
+    pairs = [len(factors.singular_values_K) for factors in each]
+    idle, thin = pairs.count(0), sum(0 < count < 2 * weight.rank for count in pairs)
+    return FoundFactors(stacked(each, weight.rank), idle, thin)

@@ -16,7 +16,7 @@ from ..adapter.adapter import LoRAGAAdapter
 from ..arguments import LoRAGAArguments
 from ..distributed.backends import batch_device, forget_optimizer_state, is_sharded, rank
 from ..factors import LearningRates
-from ..gradient.estimation import estimate_gradients, make_accumulator
+from ..gradient.estimation import accumulator_bytes, estimate_gradients, make_accumulator
 from ..gradient.memory import peak_memory
 from ..gradient.objective import Batch, ComputeLoss, Objective
 from ..gradient.restored import preserved_rng
@@ -150,7 +150,7 @@ def _estimate_and_write(
     disable_tqdm: bool,
 ) -> InitReport:
     """Sample -> gradient -> factors -> written. At a restart what was trained goes to the history first."""
-    _warn_of_whole_gradients(adapter, config)
+    _tell_of_memory(adapter, config)
     learning_rates = peak_learning_rates(adapter, config) if config.ga_scale == "matched" else {}
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
@@ -173,6 +173,7 @@ def _estimate_and_write(
         gradient_norm={name: layer.gradient_norm for name, layer in reached.items()},
         scale={name: layer.scale for name, layer in found.items()},
         idle=[name for name in found if name not in reached],
+        experts={name: layer.experts for name, layer in found.items() if layer.experts.total > 1},
     )
     if rank() == 0:
         logger.info(report.summary())
@@ -205,12 +206,15 @@ def peak_learning_rates(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> dict
     return found
 
 
-def _warn_of_whole_gradients(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:
-    if config.ga_estimator != "exact" or adapter.is_initialized or rank() != 0:
+def _tell_of_memory(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:
+    """Before it is taken."""
+    if adapter.is_initialized or rank() != 0:
         return
-    if any(map(is_sharded, adapter.model.parameters())):
-        gibibytes = sum(4 * weight.out_features * weight.in_features for weight in adapter.weights.values()) / 2**30
+    gibibytes = sum(accumulator_bytes(weight, config) for weight in adapter.weights.values()) / 2**30
+    if config.ga_estimator == "exact" and any(map(is_sharded, adapter.model.parameters())):
         logger.warning(
             f"`ga_estimator` is 'exact' on a sharded model: every process holds the whole float32 gradient of all targets, "
             f"{gibibytes:,.2f} GiB. The default, 'sketch', needs a small part of it."
         )
+    else:
+        logger.info(f"LoRA-GA's sums of the gradients will take {gibibytes:,.2f} GiB on every process.")
