@@ -159,6 +159,8 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         )
         if report.idle:
             found["layers without a gradient"] = report.idle_note()
+        if report.experts:
+            found["experts"] = report.experts_note()
     if state.restarts:
         found["restarts from a fresh gradient"] = str(len(state.restarts))
     return found
