@@ -350,7 +350,7 @@ def factor_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tens
         if name.endswith(".frozen"):
             # vectors as rows
             ours, theirs = (found[name].T, value.T) if ".lora_B." in name else (found[name], value)
-            sign = (ours * theirs).sum(dim=1, keepdim=True).sign()
+            sign = (ours * theirs).sum(dim=-1, keepdim=True).sign()
             difference += (ours - sign * theirs).square().sum().item()
             norm += theirs.square().sum().item()
     return (difference / norm) ** 0.5

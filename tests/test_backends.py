@@ -327,15 +327,31 @@ def test_an_encoder_decoder_is_trained_as_in_one_process(launched, references, b
     is_the_uninterrupted_run(launched, "seq2seq")
 
 
-def test_mixture_of_experts(tmp_path):
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> tuple[Run, dict]:
+    """(a run on a mixture of experts with all that "all-linear" means there, what one process finds)."""
+    folder = tmp_path_factory.mktemp("mixture")
+    tiny_model("mixture").save_pretrained(folder / "base")
+    run = Run("mixture", str(folder / "base"), {"ga_batch_size": 1, "ga_num_samples": 5, "max_steps": 2}, {"r": 2})
+    return run, execute(run, folder / "one_process")
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "fsdp2"])
+def test_mixture_of_experts(config, mixture, tmp_path):
     """The router's loss is a mean per batch and not per token, so it would show a loss multiplied by the number of processes, a
     batch counted twice, and the batch that a process repeats because the other has one more."""
-    tiny_model("mixture").save_pretrained(tmp_path / "base")
-    attention = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    run = Run("mixture", str(tmp_path / "base"), {"ga_batch_size": 1, "ga_num_samples": 5, "max_steps": 1}, attention)
-    reference = execute(run, tmp_path / "one_process")
-    found = launch("ddp", [run], tmp_path)["mixture"]
+    run, reference = mixture
+    found = launch(config, [run], tmp_path)["mixture"]
+    assert (found["launch"], found["wrapper"]) == BACKENDS[config]
+    assert any(".experts.base_layer.lora_A" in name for name in found["adapter"])
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
+    assert torch.equal(found["init_logits"], reference["init_logits"])
+    # not the losses: a batch of one process is not that of another, and the router's loss is a mean over it in training too
+
+
+def test_experts_under_zero3_are_refused(mixture, tmp_path):
+    found = launch("zero3", [replace(mixture[0], error=True)], tmp_path)["mixture"]
+    assert "is partitioned by DeepSpeed ZeRO-3, where PEFT's adapters of parameters" in found["error"]
 
 
 def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):
