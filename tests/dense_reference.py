@@ -122,7 +122,7 @@ def autograd_gradients(base, names, batches):
     for name in names:
         path = name.removeprefix("base_model.model.")
         if path in modules:
-            weights[name] = (modules[path].weight, not isinstance(modules[path], torch.nn.Linear))  # Conv1D stores I×O
+            weights[name] = (modules[path].weight, type(modules[path]).__name__ == "Conv1D")  # which stores I×O
         else:  # a parameter: most classes of experts say whether they store E×I×O; to PEFT those of Llama 4 are E×O×I
             parameter = base.get_parameter(path)
             owner = modules[path.rpartition(".")[0]]

@@ -110,9 +110,7 @@ def test_another_initialization_is_refused(init):
         check_lora_config(config)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("use_dora", True), ("alora_invocation_tokens", [1]), ("target_parameters", ["experts.w"])]
-)
+@pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("alora_invocation_tokens", [1])])
 def test_another_kind_of_adapter_is_refused(option, value):
     config = lora_config()
     setattr(config, option, value)

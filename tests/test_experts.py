@@ -312,7 +312,7 @@ def test_a_router_is_a_thin_weight_like_any_other():
     """Four outputs, and r = 4."""
     model, base = pair(qwen(), r=4, target_modules="all-linear", target_parameters=None)
     report = initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
-    routers = [name for name in report.alignment if name.endswith("mlp.gate.weight")]
+    routers = [name for name in report.alignment if name.endswith("mlp.gate")]
     assert len(routers) == 2 and not report.experts.keys() & set(routers)
     assert all(len(report.singular_values[name]) <= 4 for name in routers)
     assert torch.equal(logits(model), logits(base))
@@ -385,7 +385,7 @@ def test_the_class_swap_alone_trains_experts_and_router_and_resumes_exactly(prom
     whole = mixture_trainer(tmp_path / "whole", prompt_completion, tokenizer, **options)
     whole.train()
     kinds = {name.rsplit(".", 1)[-1] for name in whole.lora_ga_report.alignment}
-    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "weight"}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "gate"}
     resumed = mixture_trainer(tmp_path / "whole", prompt_completion, tokenizer, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     theirs = dict(resumed.model.named_parameters())

@@ -123,7 +123,8 @@ class AdaptedParameter(AdaptedWeight):
         module = self.path
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
-        return f"{module}.{self.layer.parameter_name}"
+        parameter = self.layer.parameter_name
+        return module if parameter == "weight" else f"{module}.{parameter}"
 
     @property
     def experts(self) -> int:
