@@ -44,6 +44,7 @@ BACKENDS = {
     "fsdp2": (Launch("FSDP2", 2), "FSDPPeftModelForCausalLM"),
 }
 SEQ2SEQ = ("ddp", "zero2", "zero3")
+MIXTURES = ("ddp", "zero2", "fsdp2")
 FEWER_RUNS = ("zero1", "zero3_offload")
 """Next of kin of ZeRO-2 and ZeRO-3, under which every run is made; here those that are resumed."""
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
@@ -101,10 +102,17 @@ def t5(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def references(base_model, t5, tmp_path_factory) -> dict[str, dict]:
+def experts(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("experts"))
+    tiny_model("mixture").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def references(base_model, t5, experts, tmp_path_factory) -> dict[str, dict]:
     """The same runs in one process, with the same examples in a step."""
     found = {}
-    for run in [*make_runs(base_model), restarts(base_model), no_offset(base_model), seq2seq(t5)]:
+    for run in [*make_runs(base_model), restarts(base_model), no_offset(base_model), seq2seq(t5), mixture(experts)]:
         if run.options.get("gradient_accumulation_steps") == 2:
             run.options["per_device_train_batch_size"] = 2
         found[run.name] = execute(run, tmp_path_factory.mktemp("reference"))
@@ -128,6 +136,12 @@ def no_offset(model: str) -> Run:
     return Run("no_offset", model, options, {"r": 2})
 
 
+def mixture(model: str) -> Run:
+    """All that "all-linear" means there: attention, experts and router."""
+    options = {"ga_batch_size": 1, "ga_num_samples": 5, "save_strategy": "steps", "save_steps": STEPS // 2}
+    return Run("mixture", model, options, {"r": 2})
+
+
 def new_tokens(model: str) -> Run:
     return Run("new_tokens", model, {"max_steps": 2}, {"r": 2, "trainable_token_indices": [5, 6]})
 
@@ -147,7 +161,7 @@ def backend(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def launched(backend, base_model, t5, tmp_path_factory) -> dict[str, dict]:
+def launched(backend, base_model, t5, experts, tmp_path_factory) -> dict[str, dict]:
     """The runs under one backend, and those that `to_resume` names resumed at half-time by new processes."""
     out = tmp_path_factory.mktemp(backend)
     to_resume = [*make_runs(base_model)[:2], bf16(base_model), restarts(base_model)]
@@ -155,11 +169,13 @@ def launched(backend, base_model, t5, tmp_path_factory) -> dict[str, dict]:
         to_resume.append(no_offset(base_model))
     if backend in SEQ2SEQ:
         to_resume.append(seq2seq(t5))
+    if backend in MIXTURES:
+        to_resume.append(mixture(experts))
     runs = to_resume if backend in FEWER_RUNS else [*to_resume, *make_runs(base_model)[2:]]
     if not backend.startswith("zero3") and backend not in FEWER_RUNS:  # where Trainer refuses `auto_find_batch_size`
         runs += smaller_batches(base_model)
     if backend == "zero3":
-        runs.append(new_tokens(base_model))
+        runs += [new_tokens(base_model), replace(mixture(experts), error=True)]
     found = launch(backend, runs, out)
     resumed = []
     for run in to_resume:
@@ -327,31 +343,23 @@ def test_an_encoder_decoder_is_trained_as_in_one_process(launched, references, b
     is_the_uninterrupted_run(launched, "seq2seq")
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory) -> tuple[Run, dict]:
-    """(a run on a mixture of experts with all that "all-linear" means there, what one process finds)."""
-    folder = tmp_path_factory.mktemp("mixture")
-    tiny_model("mixture").save_pretrained(folder / "base")
-    run = Run("mixture", str(folder / "base"), {"ga_batch_size": 1, "ga_num_samples": 5, "max_steps": 2}, {"r": 2})
-    return run, execute(run, folder / "one_process")
-
-
-@pytest.mark.parametrize("config", ["ddp", "zero2", "fsdp2"])
-def test_mixture_of_experts(config, mixture, tmp_path):
+@pytest.mark.parametrize("backend", MIXTURES, indirect=True)
+def test_mixture_of_experts(launched, references, backend):
     """The router's loss is a mean per batch and not per token, so it would show a loss multiplied by the number of processes, a
     batch counted twice, and the batch that a process repeats because the other has one more."""
-    run, reference = mixture
-    found = launch(config, [run], tmp_path)["mixture"]
-    assert (found["launch"], found["wrapper"]) == BACKENDS[config]
+    found, reference = launched["mixture"], references["mixture"]
+    expected, wrapper = BACKENDS[backend]
+    assert (found["launch"], found["wrapper"]) == (expected, wrapper)
+    assert torch.equal(found["init_logits"], found["base_logits"])
     assert any(".experts.base_layer.lora_A" in name for name in found["adapter"])
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
-    assert torch.equal(found["init_logits"], reference["init_logits"])
     # not the losses: a batch of one process is not that of another, and the router's loss is a mean over it in training too
+    is_the_uninterrupted_run(launched, "mixture")
 
 
-def test_experts_under_zero3_are_refused(mixture, tmp_path):
-    found = launch("zero3", [replace(mixture[0], error=True)], tmp_path)["mixture"]
-    assert "is partitioned by DeepSpeed ZeRO-3, where PEFT's adapters of parameters" in found["error"]
+@pytest.mark.parametrize("backend", ["zero3"], indirect=True)
+def test_experts_under_zero3_are_refused(launched):
+    assert "is partitioned by DeepSpeed ZeRO-3, where PEFT's adapters of parameters" in launched["mixture"]["error"]
 
 
 def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):
