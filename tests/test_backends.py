@@ -27,6 +27,7 @@ from launching import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_families import FAMILIES
 from tiny import peft_pair, tiny_batches, tiny_model, tiny_t5
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -360,6 +361,19 @@ def test_mixture_of_experts(launched, references, backend):
 @pytest.mark.parametrize("backend", ["zero3"], indirect=True)
 def test_experts_under_zero3_are_refused(launched):
     assert "is partitioned by DeepSpeed ZeRO-3, where PEFT's adapters of parameters" in launched["mixture"]["error"]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> list[dict[str, tuple[float, bool]]]:
+    return torchrun("families_worker.py", tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_under_fsdp2_every_architecture_gets_the_factors_of_the_whole_model(families, family):
+    assert len(families) == 2
+    for found in families:
+        error, logits_are_the_bases = found[family]
+        assert error < FACTOR_TOLERANCE and logits_are_the_bases
 
 
 def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):

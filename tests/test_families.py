@@ -44,6 +44,7 @@ from transformers import (
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.checkpoint import export
+from lora_ga_trainer.initialization import attach_lora_ga
 
 CONFIG = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -219,22 +220,24 @@ def test_the_gradient_of_every_target_is_autograds(family, checkpointing):
 
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
 @every_family
-def test_stock_peft_loads_what_was_trained_and_it_merges(family, offset, tmp_path):
+def test_it_resumes_and_stock_peft_loads_and_merges_what_was_trained(family, offset, tmp_path):
     model, base = pair(family)
     base.save_pretrained(tmp_path / "base")
     batches = tiny_batches()
-    initialize_lora_ga(
-        model,
-        batches,
-        LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact", ga_offset=offset),
-        disable_tqdm=True,
-    )
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact", ga_offset=offset)
+    initialize_lora_ga(model, batches, config, disable_tqdm=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in batches:
         model.train()(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "adapter")
+    resumed, _ = pair(family)
+    attach_lora_ga(resumed, config)
+    resumed.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    of_resumed = dict(resumed.named_parameters())
+    assert all(torch.equal(value, of_resumed[name]) for name, value in model.named_parameters())
+
     trained, untrained = logits(model), logits(base)
     # float32 through a few layers; PEFT's scaling can differ in the last place, and merging rounds once more
     tolerance = 1e-5 * untrained.abs().max()
