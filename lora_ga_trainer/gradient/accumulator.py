@@ -267,7 +267,8 @@ def _reached_experts(dW_EOI: Tensor, is_reached_E: Tensor) -> Iterator[tuple[sli
     """
     for start in range(0, len(dW_EOI), EXPERTS_AT_ONCE):
         some = slice(start, start + EXPERTS_AT_ONCE)
-        yield some, dW_EOI[some].float().masked_fill(~is_reached_E[some, None, None], 0.0)
+        grad_OI = dW_EOI[some].to(torch.float32, copy=True)
+        yield some, grad_OI.masked_fill_(~is_reached_E[some, None, None], 0.0)
 
 
 class ExpertGradients(ExactGradient):
