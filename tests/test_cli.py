@@ -10,10 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from launching import REPOSITORY, accelerate_command, ended_well, environment, free_port
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import sft_arguments, tiny_model, word_problems, word_tokenizer
+from tiny import sft_arguments, tiny_batches, tiny_model, word_problems, word_tokenizer
+from transformers import AutoModelForCausalLM
 
 import lora_ga_trainer
 from lora_ga_trainer.arguments import LoRAGAArguments, LoRAGASFTConfig
@@ -166,6 +168,25 @@ def test_every_kind_of_data_from_a_file(model, tmp_path, kind, suffix):
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert sum("ga/alignment_mean" in entry for entry in log) == 1
     assert any("train_runtime" in entry for entry in log), "the whole log"
+
+
+def test_a_mixture_of_experts_with_no_option_but_model_and_data(data, tmp_path):
+    """And those that make it short, on a CPU. What is saved can be looked at, released alone and merged."""
+    base, out = tmp_path / "mixture", tmp_path / "out"
+    tiny_model("mixture").save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    short = ["--output_dir", str(out), "--max_steps", "2", "--use_cpu", "true", "--bf16", "false"]
+    main(["sft", "--model_name_or_path", str(base), "--dataset_path", data, *short])
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert any(name.endswith("mlp.experts.base_layer.lora_A.weight") for name in names), "gate_up_proj"
+    assert any(name.endswith("mlp.experts.lora_A.weight") for name in names), "down_proj"
+    main(["inspect", str(out)])
+    main(["export", "--checkpoint_dir", str(out), "--out", str(tmp_path / "merged"), "--merge", "true"])
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    inputs = tiny_batches(seed=9)[0]["input_ids"]
+    with torch.no_grad():  # W + s·BA in float32, rounded once more
+        torch.testing.assert_close(merged(inputs).logits, trained(inputs).logits, rtol=0, atol=1e-5)
 
 
 def test_options_come_from_the_file_and_over_it_from_the_command_line(model, data, tmp_path, capsys):
