@@ -211,7 +211,7 @@ STAY_BEHIND = {
     "optimizer.bin",
     "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "latest", "zero_to_fp32.py", "stand_in_dev.jsonl",
     "index.html", "alignment.png",
-    "lora_ga.json", "lora_ga.safetensors", "lora_ga_files.json", "pytorch_model.bin", "consolidated.00.pth",
+    "lora_ga.json", "lora_ga.tensors", "lora_ga.safetensors", "lora_ga_files.json", "pytorch_model.bin", "consolidated.00.pth",
     "global_step4/mp_rank_00_model_states.pt", "optimizer_0/__0_0.distcp", "runs/events.out.tfevents", "mine/notes.txt",
     "checkpoint-2/tokenizer_config.json", "checkpoint-2/adapter_model.safetensors",
 }  # fmt: skip

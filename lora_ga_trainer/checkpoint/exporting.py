@@ -26,10 +26,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .companions import OF_MODEL, OTHER_WEIGHTS, companions, copy_files
-from .mergeable import check_mergeable, scaling
+from .mergeable import check_mergeable
+from .scaling import PREFIX, scaling_of
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-PREFIX = "base_model.model."
 
 
 def export(
@@ -283,7 +283,7 @@ def merge_tensor(
     if "lora_B" not in pieces:
         return base
     module, lora_B = pieces["lora_B"]
-    delta = scaling(config, module) * lora_B.float()
+    delta = scaling_of(config, module) * lora_B.float()
     if "lora_A" in pieces:
         delta = delta @ pieces["lora_A"][1].float()
         if isinstance(skeleton.get_submodule(module), Conv1D):

@@ -1,11 +1,9 @@
-"""Which adapters can be merged into the base model's files, field by field of PEFT's `LoraConfig`; and their scaling."""
+"""Which adapters can be merged into the base model's files, field by field of PEFT's `LoraConfig`."""
 
-import math
 from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from ..adapter.lora_config import OTHER_METHODS
 
@@ -58,10 +56,3 @@ def check_mergeable(config: dict[str, Any]) -> None:
             f"The adapter's `{name}` is {value!r}: {reason}. So it cannot be merged file by file. Export the adapter alone, "
             "and load it with PEFT."
         )
-
-
-def scaling(config: LoraConfig, module: str) -> float:
-    """s of one module, as PEFT computes it: α/√R with rsLoRA, else α/R."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
