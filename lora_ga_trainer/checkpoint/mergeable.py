@@ -10,7 +10,7 @@ from ..adapter.lora_config import OTHER_METHODS
 COMPUTED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save",
 )  # fmt: skip
-"""Fields that `exporting` handles, directly or through the tensors that they create."""
+"""Fields that `merging` handles, directly or through the tensors that they create."""
 WITHOUT_EFFECT = (
     # where the adapter is: its tensors' names say so too
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "ensure_weight_tying",
@@ -29,30 +29,39 @@ REFUSED = OTHER_METHODS | {
 }
 
 
-def check_mergeable(config: dict[str, Any]) -> None:
+HARMLESS_ELSEWHERE = ("layer_replication", "trainable_token_indices")
+"""Of these, what stands in the way of merging only."""
+
+
+def check_mergeable(config: dict[str, Any], done: str = "merged file by file", allowed: tuple[str, ...] = ()) -> None:
     """Refuse an `adapter_config.json` that asks for more than W0 + s·lora_B·lora_A.
 
     An unknown field, as a later PEFT may write, is refused unless it is off or at PEFT's default.
+
+    Args:
+        done: what is to be done with the adapter, for the message.
+        allowed: fields that do not stand in the way of that.
 
     Raises:
         ValueError: naming the field, its value and the reason.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"The adapter's type is {config.get('peft_type')!r}, but only LoRA is merged file by file. Load it with PEFT "
+            f"The adapter's type is {config.get('peft_type')!r}, but only LoRA is {done}. Load it with PEFT "
             "and use `merge_and_unload`, or export the adapter alone."
         )
     if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         raise ValueError(
             f"The adapter's `init_lora_weights` is {config['init_lora_weights']!r}, which changed the base weights when "
-            "training began, so it cannot be merged into the base's files. Export the adapter alone, and load it with PEFT."
+            f"training began, so it cannot be {done}. Export the adapter alone, and load it with PEFT."
         )
     defaults = {option.name: option.default for option in fields(LoraConfig)}
     for name, value in config.items():
-        if name in (*COMPUTED, *WITHOUT_EFFECT, "init_lora_weights") or not value or value == defaults.get(name):
+        known = (*COMPUTED, *WITHOUT_EFFECT, *allowed, "init_lora_weights")
+        if name in known or not value or value == defaults.get(name):
             continue
         reason = REFUSED.get(name, "it is unknown here and may change what the adapter computes")
         raise ValueError(
-            f"The adapter's `{name}` is {value!r}: {reason}. So it cannot be merged file by file. Export the adapter alone, "
+            f"The adapter's `{name}` is {value!r}: {reason}. So it cannot be {done}. Export the adapter alone, "
             "and load it with PEFT."
         )
