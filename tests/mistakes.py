@@ -565,7 +565,7 @@ def c06_a_damaged_trainer_state(world):
 
 
 def c07_a_file_overwritten_in_place(world):
-    path = world.saved() / "checkpoint-4/lora_ga.safetensors"
+    path = world.saved() / "checkpoint-4/lora_ga.tensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
     world.resume(path.parent)
 

@@ -17,6 +17,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
 from lora_ga_trainer.adapter import targets
+from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.gradient.accumulator import ExpertGradients, ExpertSketches, GradientSketch
 from lora_ga_trainer.gradient.estimation import accumulator_bytes, make_accumulator
 from lora_ga_trainer.initialization import attach_lora_ga
@@ -364,6 +365,16 @@ def test_a_restart_keeps_the_function_and_what_it_saves_loads(family, tmp_path):
     initialize_lora_ga(again, batches, EXACT, disable_tqdm=True)
     again.load_adapter(tmp_path, "default")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("form", [{"rank": 2}, {"fold_scale": True}])
+def test_what_cannot_be_exported_is_refused(form, tmp_path):
+    model, _ = pair(qwen())
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds those of all experts.*Export the adapter alone, or merge it"):
+        export(tmp_path / "adapter", tmp_path / "out", **form)
+    assert not (tmp_path / "out").exists()
 
 
 # --- trainers and launches ---------------------------------------------------------------------------------------------

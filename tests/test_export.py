@@ -178,7 +178,7 @@ def test_one_file_at_a_time_is_read(trained, tmp_path, monkeypatch):
     adapted("llama", tmp_path)
     sizes = []
     monkeypatch.setattr(
-        "lora_ga_trainer.checkpoint.exporting.save_file",
+        "lora_ga_trainer.checkpoint.merging.save_file",
         lambda tensors, path, **kwargs: sizes.append(sum(value.nbytes for value in tensors.values())),
     )
     export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
@@ -211,7 +211,7 @@ STAY_BEHIND = {
     "optimizer.bin",
     "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "latest", "zero_to_fp32.py", "stand_in_dev.jsonl",
     "index.html", "alignment.png",
-    "lora_ga.json", "lora_ga.safetensors", "lora_ga_files.json", "pytorch_model.bin", "consolidated.00.pth",
+    "lora_ga.json", "lora_ga.tensors", "lora_ga.safetensors", "lora_ga_files.json", "pytorch_model.bin", "consolidated.00.pth",
     "global_step4/mp_rank_00_model_states.pt", "optimizer_0/__0_0.distcp", "runs/events.out.tfevents", "mine/notes.txt",
     "checkpoint-2/tokenizer_config.json", "checkpoint-2/adapter_model.safetensors",
 }  # fmt: skip

@@ -273,7 +273,7 @@ def test_there_is_nothing_to_inspect(run, tmp_path):
 
 def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, caplog):
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run/checkpoint-6/lora_ga.safetensors").unlink()
+    (tmp_path / "run/checkpoint-6/lora_ga.tensors").unlink()
     assert list(read_snapshots(tmp_path / "run")) == [2, 4]
     assert "Skipping a checkpoint" in caplog.text
 

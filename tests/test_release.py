@@ -69,7 +69,7 @@ def test_the_public_commands():
 
 
 def test_the_public_files():
-    documented = set(re.findall(r"`([\w.]+\.(?:json|safetensors))`", section("Files")))
+    documented = set(re.findall(r"`([\w.]+\.(?:json|safetensors|tensors))`", section("Files")))
     assert documented == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FROZEN_FILE, STATE_FILE, FILES_FILE}
 
 

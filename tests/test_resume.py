@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGASFTTrainer
+from lora_ga_trainer.checkpoint.adapter_files import FORMER_FROZEN_FILE, FROZEN_FILE
 from lora_ga_trainer.checkpoint.completeness import mark_complete
 from lora_ga_trainer.compatibility import check_resuming
 from lora_ga_trainer.distributed.launches import Launch, check_resumable_launch
@@ -208,7 +210,7 @@ def refused(run: Run, directory: Path, message: str) -> None:
     "file",
     [
         "adapter_model.safetensors",
-        "lora_ga.safetensors",
+        "lora_ga.tensors",
         "lora_ga.json",
         "optimizer.pt",
         "scheduler.pt",
@@ -265,6 +267,18 @@ def test_what_no_trainer_saved_is_refused(base_model, of_one_process, tmp_path):
 def test_a_checkpoint_copied_elsewhere_resumes(base_model, of_one_process, tmp_path):
     checkpoint = shutil.copytree(f"{of_one_process['output_dir']}/checkpoint-4", tmp_path / "elsewhere")
     (tmp_path / "elsewhere/README.md").write_text("edited")
+    found = execute(Run("run", base_model, SAVING, {"r": 2}, resume=str(checkpoint)), tmp_path / "run")
+    assert found["losses"] == of_one_process["losses"] and same_adapter(found, of_one_process)
+
+
+def test_a_checkpoint_of_0_1_0_resumes(base_model, of_one_process, tmp_path):
+    """Its file has rsLoRA's α, and the initial factors are beside it as one more `*.safetensors`."""
+    checkpoint = Path(shutil.copytree(f"{of_one_process['output_dir']}/checkpoint-4", tmp_path / "checkpoint-4"))
+    (checkpoint / FROZEN_FILE).rename(checkpoint / FORMER_FROZEN_FILE)
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    config |= {"use_rslora": True, "lora_alpha": config["lora_alpha"] / math.sqrt(config["r"])}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(config))
+    mark_complete(checkpoint)
     found = execute(Run("run", base_model, SAVING, {"r": 2}, resume=str(checkpoint)), tmp_path / "run")
     assert found["losses"] == of_one_process["losses"] and same_adapter(found, of_one_process)
 

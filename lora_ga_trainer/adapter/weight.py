@@ -31,6 +31,11 @@ class AdaptedWeight:
         return self.path
 
     @property
+    def key(self) -> str:
+        """What PEFT matches the patterns of a `LoraConfig` with."""
+        return self.path
+
+    @property
     def experts(self) -> int:
         """E: how many weights stand in one parameter, each with a pair of its own."""
         return 1
@@ -120,11 +125,14 @@ class AdaptedParameter(AdaptedWeight):
 
     @property
     def name(self) -> str:
+        return self.key.removesuffix(".weight")
+
+    @property
+    def key(self) -> str:
         module = self.path
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
-        parameter = self.layer.parameter_name
-        return module if parameter == "weight" else f"{module}.{parameter}"
+        return f"{module}.{self.layer.parameter_name}"
 
     @property
     def experts(self) -> int:

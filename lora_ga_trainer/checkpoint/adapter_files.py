@@ -2,17 +2,15 @@
 
     adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base;
                                 after each restart 2R more rows and columns, the history
-    adapter_config.json         r doubled, lora_alpha chosen to keep the same scaling
-    lora_ga.safetensors         A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file unchanged, A0 is not
-    lora_ga.json                the options, the adapter's own r and alpha, alignment per layer, versions; see `state`
+    adapter_config.json         r doubled, and an alpha with which the scaling is alpha/r, without rsLoRA; see `scaling`
+    lora_ga.tensors             A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file unchanged, A0 is not
+    lora_ga.json                the options, the adapter's own r, alpha and rsLoRA, alignment per layer, versions; see `state`
 
 This is the form with the offset; without it, the file is the adapter of rank R itself. `layouts` has both.
 
 Shapes: O out features, I in features, R the rank that trains.
 """
 
-import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,29 +31,17 @@ from ..compatibility import without_other_adapters
 from ..distributed.backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
+from .scaling import plain_form
 from .state import check_same_run, write_state
 
-FROZEN_FILE = "lora_ga.safetensors"
+FROZEN_FILE = "lora_ga.tensors"
+"""In the format of safetensors, but not of that name: servers load the tensors of every `*.safetensors` in a folder."""
+FORMER_FROZEN_FILE = "lora_ga.safetensors"
+"""Its name until 0.1."""
 
 
 def layout_of(adapter: LoRAGAAdapter) -> Layout:
     return LAYOUTS[adapter.state.options["ga_offset"]]
-
-
-def config_on_disk(lora_config: LoraConfig, times: int) -> LoraConfig:
-    """The `LoraConfig` of the saved file: rank n·R with n = `times`, the same scaling s.
-
-    s = α/√r with rsLoRA and α/r without, so a rank of n·r needs α·√n or α·n.
-    """
-    on_disk = copy.deepcopy(lora_config)
-    if times == 1:  # α stays a whole number if it was one
-        return on_disk
-    factor = math.sqrt(times) if lora_config.use_rslora else times
-    on_disk.r *= times
-    on_disk.lora_alpha *= factor
-    on_disk.rank_pattern = {name: times * rank for name, rank in on_disk.rank_pattern.items()}
-    on_disk.alpha_pattern = {name: factor * alpha for name, alpha in on_disk.alpha_pattern.items()}
-    return on_disk
 
 
 def rank_in_memory(adapter: LoRAGAAdapter) -> int:
@@ -67,7 +53,7 @@ def rank_in_memory(adapter: LoRAGAAdapter) -> int:
 def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
     """While inside, the adapter's `LoraConfig` is that of its file, which has the matrices that its layers present."""
     trained = adapter.lora_config
-    presented = config_on_disk(trained, rank_in_memory(adapter))
+    presented = plain_form(trained, [weight.key for weight in adapter.weights.values()], rank_in_memory(adapter))
     try:
         adapter.model.peft_config[adapter.name] = presented
         yield presented
@@ -206,6 +192,7 @@ def save_pretrained(
     names = layout.keep(adapter_parameters(peft_model, adapter.name))
     resume_only = {name: resume_only[name].contiguous() for name in names}
     save_file(resume_only, directory / FROZEN_FILE, metadata={"format": "pt"})
+    (directory / FORMER_FROZEN_FILE).unlink(missing_ok=True)
     write_state(directory, state)
 
 
@@ -233,7 +220,7 @@ def load_adapter(
         return type(peft_model).load_adapter(peft_model, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
     directory = Path(model_id)
     saved = check_adapter(adapter, directory)
-    on_disk, resume_only = load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(directory / FROZEN_FILE)
+    on_disk, resume_only = load_file(directory / SAFETENSORS_WEIGHTS_NAME), load_file(frozen_file(directory))
     values = layout_of(adapter).split(on_disk, resume_only)
     for name, parameter in adapter_parameters(peft_model, adapter_name).items():
         write_parameter(parameter, values[name])
@@ -262,7 +249,7 @@ def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
     for name, shape in on_disk.items():
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             shape[1 if ".lora_B." in name else 0] *= len(saved.restarts) + 1
-    check_tensors(directory / FROZEN_FILE, resume_only)
+    check_tensors(frozen_file(directory), resume_only)
     check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, on_disk)
     return saved
 
@@ -270,6 +257,12 @@ def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
 def histories(adapter: LoRAGAAdapter) -> dict[str, Tensor]:
     """What restarts have frozen, on the CPU, under the names that the model's `state_dict()` would use."""
     return {f"{name}.history": half.history.cpu() for name, half in adapter.halves.items() if half.history is not None}
+
+
+def frozen_file(directory: Path) -> Path:
+    """The file of the initial factors in `directory`, under its present name unless only the former one is there."""
+    present, former = directory / FROZEN_FILE, directory / FORMER_FROZEN_FILE
+    return former if former.is_file() and not present.is_file() else present
 
 
 def adapter_directory(save_directory: str | Path, adapter_name: str) -> Path:

@@ -1,43 +1,36 @@
-"""From a checkpoint to a release: the adapter alone, or the base model with the adapter merged into it.
+"""From a checkpoint to a release: the adapter alone, in a form that its reader needs, or the base model with it merged in.
 
-It takes one process, no trainer, and no model in memory: the base is read and written one file at a time, so it needs the
-memory of the largest file. Only a mixture's experts are merged in memory.
-
-Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
+It takes one process, no trainer, and no model in memory: see `merging`.
 """
 
-import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from peft import LoraConfig
 
-from .companions import OF_MODEL, OTHER_WEIGHTS, companions, copy_files
-from .mergeable import check_mergeable, scaling
-
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-PREFIX = "base_model.model."
+from .companions import OTHER_WEIGHTS, companions, copy_files
+from .mergeable import check_mergeable
+from .merging import write_merged, write_merged_model
+from .portable import Lost, at_rank, fold_scaling, in_plain_form, read_adapter
 
 
 def export(
-    checkpoint_dir: str | Path, out: str | Path, merge: bool = False, *, base_model: str | Path | None = None
-) -> None:
+    checkpoint_dir: str | Path,
+    out: str | Path,
+    merge: bool = False,
+    *,
+    base_model: str | Path | None = None,
+    rank: int | None = None,
+    fold_scale: bool = False,
+) -> dict[str, Lost]:
     """Write the adapter of `checkpoint_dir`, or the base model with it merged in, to the new folder `out`.
 
-    `out` appears once everything is written, or not at all. It includes what a tokenizer or processor saved.
+    `out` appears once everything is written, or not at all. It includes what a tokenizer or processor saved. The adapter's
+    scaling is in plain form (α/r, no rsLoRA), whatever version saved it.
 
     Args:
         checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
@@ -45,48 +38,39 @@ def export(
         merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files. With
             adapted parameters, such as a mixture's experts, PEFT merges in the dtype of W0, with the whole model in memory.
         base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names.
+        rank: of the exported adapter, less than the file's: in each layer the best approximation of what was trained.
+        fold_scale: multiply B by the scaling, so that `lora_alpha` is `r`, for readers that know nothing else.
+
+    Returns:
+        What each module loses at the `rank`, by its name in the file; empty without one.
 
     Raises:
         ValueError: `out` is not empty, a file is missing or damaged, or the adapter cannot be merged into the files of
-            this base model (quantized, not in safetensors, other layers or shapes), or into any (see `check_mergeable`).
+            this base model (quantized, not in safetensors, other layers or shapes), or into any (see `check_mergeable`), or
+            cannot be given the `rank` or another scaling (see `portable`).
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
-    adapter = read_adapter(checkpoint_dir)
+    adapter = in_plain_form(read_adapter(checkpoint_dir))
+    lost: dict[str, Lost] = {}
+    if rank is not None:
+        adapter, lost = at_rank(adapter, rank)
+    if fold_scale:
+        adapter = fold_scaling(adapter)
     with complete_or_absent(out) as directory:
         if merge:
-            check_mergeable(json.loads((checkpoint_dir / CONFIG_NAME).read_text(encoding="utf-8")))
-            config = LoraConfig.from_pretrained(checkpoint_dir)
-            trained_on = config.base_model_name_or_path, config.revision
-            source = base_directory(*((base_model, None) if base_model else trained_on))
-            if config.target_parameters:
+            check_mergeable(adapter.document)
+            assert adapter.config is not None  # only a LoRA has passed
+            source = base_of(checkpoint_dir, base_model)
+            if adapter.config.target_parameters:
                 write_merged_model(source, directory, checkpoint_dir)
             else:
-                write_merged(source, directory, adapter, config)
+                write_merged(source, directory, adapter.tensors, adapter.config)
         else:
-            for name in ADAPTER_FILES:
-                shutil.copy(checkpoint_dir / name, directory / name)
+            adapter.write(directory)
         copy_files(
             checkpoint_dir, companions(checkpoint_dir), directory
         )  # overwrites the base's files of the same names
-
-
-def read_adapter(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    for name in ADAPTER_FILES:
-        if not (directory / name).is_file():
-            raise ValueError(
-                f"{directory} has no {name}. Pass a `checkpoint-N`, or the folder that `save_model` wrote."
-            )
-    try:
-        json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-        return load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-    except (ValueError, SafetensorError) as error:
-        damaged = CONFIG_NAME if isinstance(error, ValueError) else SAFETENSORS_WEIGHTS_NAME
-        raise ValueError(f"{directory / damaged} is damaged ({error}). Use another checkpoint.") from error
+    return lost
 
 
 @contextmanager
@@ -104,6 +88,18 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
         directory.mkdir()
         yield directory
         directory.replace(out)
+
+
+def base_of(checkpoint_dir: Path, base_model: str | Path | None) -> Path:
+    """The folder of `base_model`, or of the base that the adapter in `checkpoint_dir` names, at the revision that it names.
+
+    Raises:
+        ValueError: it is unknown, not found, or not in safetensors.
+    """
+    if base_model:
+        return base_directory(base_model, None)
+    config = LoraConfig.from_pretrained(checkpoint_dir)
+    return base_directory(config.base_model_name_or_path, config.revision)
 
 
 def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
@@ -128,198 +124,3 @@ def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
             "`save_pretrained`."
         )
     return directory
-
-
-def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config: LoraConfig) -> None:
-    """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
-
-    Raises:
-        ValueError: the base is quantized, is not one of transformers' own models, or its index names a missing file; or
-            something in the adapter has no counterpart in it.
-    """
-    model_config = unquantized_config(source)
-    with torch.device("meta"):
-        skeleton = model_class(model_config)(model_config)
-    check_same_vocabulary(adapter, skeleton)
-    check_not_untied(adapter, skeleton)
-    shards = shards_of(source)
-    pieces = by_base_weight(adapter, base_names(shards))
-    of_model = [*OF_MODEL, *(path.name for path in source.glob("*.safetensors.index.json"))]
-    copy_files(source, [Path(name) for name in of_model if (source / name).is_file()] + companions(source), target)
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            merged = {
-                name: merge_tensor(file.get_tensor(name), pieces.get(name, {}), config, skeleton)
-                for name in file.keys()  # noqa: SIM118 (not a dict)
-            }
-        save_file(merged, target / shard.name, metadata={"format": "pt"})
-
-
-def write_merged_model(source: Path, target: Path, adapter: Path) -> None:
-    """The same by PEFT, for experts: memory holds them as one parameter, most files have a tensor for each.
-
-    Raises:
-        ValueError: the base is quantized, or is not one of transformers' own models.
-    """
-    base = model_class(unquantized_config(source)).from_pretrained(source, dtype="auto")
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    copy_files(source, companions(source), target)
-    merged.save_pretrained(target)
-
-
-def unquantized_config(source: Path) -> PreTrainedConfig:
-    """
-    Raises:
-        ValueError: the model in `source` is quantized.
-    """
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if "quantization_config" in model_config.to_dict():
-        raise ValueError(
-            f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
-            "export the adapter alone."
-        )
-    return model_config
-
-
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `config.json` names as the model's.
-
-    Raises:
-        ValueError: it is not a transformers model; the name is untrusted and must not call anything else.
-    """
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(
-            f"The base model's config.json names the architecture {name!r}, which is not a transformers model, so it cannot "
-            "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
-        )
-    return found
-
-
-def shards_of(source: Path) -> list[Path]:
-    """The files in `source` from which transformers loads the weights; others would be copied unmerged.
-
-    They are model.safetensors, else those that the index names, else all there are.
-
-    Raises:
-        ValueError: the index names a file that is not there.
-    """
-    there = {path.name: path for path in sorted(source.glob("*.safetensors"))}
-    if "model.safetensors" in there:
-        return [there["model.safetensors"]]
-    index = source / "model.safetensors.index.json"
-    if not index.is_file():
-        return [*there.values()]
-    named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elsewhere = [name for name in named if name not in there]
-    if elsewhere:
-        raise ValueError(
-            f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
-            "again from its source."
-        )
-    return [there[name] for name in named]
-
-
-def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
-    """Refuse an adapter that was trained with another vocabulary size than the base's files have.
-
-    Raises:
-        ValueError: the embeddings in the adapter have another number of rows.
-    """
-    embeddings = skeleton.get_input_embeddings()
-    for name, module in skeleton.named_modules():
-        held = adapter.get(f"{PREFIX}{name}.weight") if module is embeddings else None
-        if held is not None and len(held) != embeddings.num_embeddings:
-            raise ValueError(
-                f"The adapter was trained with a vocabulary of {len(held):,} tokens, the base model's files have "
-                f"{embeddings.num_embeddings:,}, so it cannot be merged file by file. Load the base, "
-                f"`resize_token_embeddings({len(held)})`, load the adapter with PEFT and use `merge_and_unload`."
-            )
-
-
-def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
-    """Refuse an adapter for one of two tied weights: in the base's files, the other would change with it.
-
-    Raises:
-        ValueError: embedding and head share their weight, and one of them was trained separately or has a LoRA.
-    """
-    if not skeleton.config.tie_word_embeddings:
-        return
-    tied = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    for name, module in skeleton.named_modules():
-        if module in tied and f"{PREFIX}{name}.weight" in adapter:
-            raise ValueError(
-                f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
-                "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
-            )
-        if module in tied and f"{PREFIX}{name}.lora_A.weight" in adapter:
-            raise ValueError(
-                f"The adapter has a LoRA on {name}, whose weight the base model shares between embedding and head, so merging "
-                "would change both (PEFT's `merge_and_unload` does). Export the adapter alone, or pass as `base_model` a copy "
-                "of the base with a weight of each and `tie_word_embeddings=False`."
-            )
-
-
-def base_names(shards: list[Path]) -> set[str]:
-    names = set()
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            names.update(file.keys())
-    return names
-
-
-def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """For each of the base's weights, the parts of the adapter that change it: kind -> (module name, tensor).
-
-    A base's file may omit the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
-
-    Raises:
-        ValueError: a part of the adapter has no such weight.
-    """
-    pieces: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, value in adapter.items():
-        module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-        module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
-        wanted = f"{module.removesuffix('.base_layer')}.{parameter}"  # a bias trained beside the adapter
-        name = wanted if wanted in names else wanted.partition(".")[2]
-        if name not in names:
-            raise ValueError(
-                f"The adapter's {key} has no counterpart {wanted} in the base model's files, so it cannot be merged file by "
-                "file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
-            )
-        pieces.setdefault(name, {})[kind] = (module, value)
-    return pieces
-
-
-def merge_tensor(
-    base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
-) -> Tensor:
-    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
-
-    W0 is `base`, or the adapter's replacement: fully trained, or, for a head with a LoRA, another copy of the base's.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if "instead" in pieces:
-        _check_shape(*pieces["instead"], base)
-        base = pieces["instead"][1].to(base.dtype)
-    if "lora_B" not in pieces:
-        return base
-    module, lora_B = pieces["lora_B"]
-    delta = scaling(config, module) * lora_B.float()
-    if "lora_A" in pieces:
-        delta = delta @ pieces["lora_A"][1].float()
-        if isinstance(skeleton.get_submodule(module), Conv1D):
-            delta = delta.T
-    _check_shape(module, delta, base)
-    return (base.float() + delta).to(base.dtype)
-
-
-def _check_shape(module: str, found: Tensor, base: Tensor) -> None:
-    if found.shape != base.shape:
-        raise ValueError(
-            f"The adapter's {module} is for a weight of shape {list(found.shape)}, the base model's has {list(base.shape)}. "
-            "Pass the model that the adapter was trained on as `base_model`."
-        )

@@ -42,9 +42,8 @@ def add_weighted_adapter(peft_model: PeftModel, *args: Any, **kwargs: Any) -> No
         return
     if any(map(is_sharded, peft_model.parameters())):
         raise ValueError(f"`add_weighted_adapter` needs whole matrices, but those of this model are sharded. {RELOAD}")
-    with config_as_in_file(peft_model.lora_ga) as presented:
-        # The new adapter's matrices include all scalings, so its own must be 1; else PEFT 0.21 makes it √r (peft#3761).
-        presented.use_rslora = False
+    # The new adapter's matrices include all scalings, so its own must be 1; with rsLoRA PEFT 0.21 would make it √r (peft#3761).
+    with config_as_in_file(peft_model.lora_ga):
         stock(peft_model.base_model, *args, **kwargs)
 
 
@@ -85,7 +84,12 @@ def check_not_from_file(peft_model: PeftModel, state_dict: dict[str, Tensor], pr
 
 
 # PEFT's functions `hotswap_adapter` and `prepare_model_for_compiled_hotswap` call no method of the model that could be
-# replaced; they would end in a KeyError and an AttributeError.
+# replaced; they would end in a KeyError and an AttributeError, or say no more than that a file is not of rsLoRA.
+
+NO_HOT_SWAP = (
+    "A LoRA-GA adapter in memory cannot be hot-swapped, since its matrices are held as two halves each. Use "
+    f"`model.load_adapter(folder, adapter_name, is_trainable=True)` to load a checkpoint of the same run. {RELOAD}"
+)
 
 
 def _refuse_delta_form(name: str) -> None:
@@ -94,15 +98,26 @@ def _refuse_delta_form(name: str) -> None:
     @wraps(stock)
     def checked(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(module, DeltaHalf) for module in model.modules()):
-            raise ValueError(
-                "A LoRA-GA adapter in memory cannot be hot-swapped, since its matrices are held as two halves each. Use "
-                f"`model.load_adapter(folder, adapter_name, is_trainable=True)` to load a checkpoint of the same run. {RELOAD}"
-            )
+            raise ValueError(NO_HOT_SWAP)
         return stock(model, *args, **kwargs)
 
     setattr(hotswap, name, checked)
 
 
-# the first functions that they call with the model; they themselves may have been imported already
+def _explain_difference(name: str) -> None:
+    stock = getattr(hotswap, name)
+
+    @wraps(stock)
+    def checked(*configs: Any) -> None:
+        try:
+            stock(*configs)
+        except ValueError as error:
+            raise ValueError(f"{error}. {NO_HOT_SWAP}") from error
+
+    setattr(hotswap, name, checked)
+
+
+# the first functions that they call with the model, or with its configuration; they themselves may have been imported already
 for _name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
     _refuse_delta_form(_name)
+_explain_difference("check_hotswap_configs_compatible")

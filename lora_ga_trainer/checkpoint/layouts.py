@@ -1,10 +1,10 @@
 """How the parts of a layer in memory form its matrices in the files, and are recovered from them bit for bit.
 
-                        in memory         adapter_model.safetensors                            lora_ga.safetensors
+                        in memory         adapter_model.safetensors                            lora_ga.tensors
     with the offset     dA, A0, dB, B0    lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0]     A0
     without             dA, A0, dB        lora_A = A0 + dA (R×I),        lora_B = dB           A0, dA
 
-`lora_ga.safetensors` keeps what cannot be recovered exactly from the matrices: a sum does not determine its terms.
+`lora_ga.tensors` keeps what cannot be recovered exactly from the matrices: a sum does not determine its terms.
 Names in memory are those of `state_dict()`: `trainable` is the difference, `frozen` the initial factor.
 
 Shapes: O out features, I in features, R the rank that trains. With E experts A0 is E×R×I, and what PEFT reads is E·2R×I and
@@ -24,7 +24,7 @@ class Layout(Protocol):
     """Both directions between memory and files. Tensors of other modules pass through.
 
     `in_memory` names the halves as `state_dict()` does; in `on_disk` every matrix is the one `weight` that PEFT reads;
-    `resume_only` is what `lora_ga.safetensors` holds.
+    `resume_only` is what `lora_ga.tensors` holds.
     """
 
     times: int

@@ -145,7 +145,7 @@ def settings(state: LoRAGAState) -> dict[str, str]:
     found = {
         "rank that trained": f"r = {r}",
         "rank of the file": f"{times * r}",
-        "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA)' if lora['use_rslora'] else 'α/r'}",
+        "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA); in the file as α/r' if lora['use_rslora'] else 'α/r'}",
         "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
         + (f", {report.num_items:,} label tokens" if report else ""),
         "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']} passes",

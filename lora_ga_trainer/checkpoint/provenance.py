@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.quantized import UNQUANTIZED
 from ..distributed.backends import full_shape, gather_objects, leading_rows, rank
-from .exporting import shards_of
+from .merging import shards_of
 
 logger = logging.getLogger(__name__)
 

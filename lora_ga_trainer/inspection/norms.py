@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..adapter.state import LoRAGAState
-from ..checkpoint.adapter_files import FROZEN_FILE
+from ..checkpoint.adapter_files import frozen_file
 from ..checkpoint.layouts import LAYOUTS
 
 PARTS = {
@@ -32,7 +32,7 @@ def factor_norms(adapter: Path, state: LoRAGAState) -> Norms:
         ValueError: a file is missing or damaged.
     """
     try:
-        on_disk, resume_only = (load_file(adapter / name) for name in (SAFETENSORS_WEIGHTS_NAME, FROZEN_FILE))
+        on_disk, resume_only = load_file(adapter / SAFETENSORS_WEIGHTS_NAME), load_file(frozen_file(adapter))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{adapter} has no readable weights ({error}).") from error
     in_memory = LAYOUTS[state.options["ga_offset"]].split(on_disk, resume_only)

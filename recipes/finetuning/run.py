@@ -62,6 +62,8 @@ def finetune(recipe: Recipe, options: Options) -> Trainer:
     training_args.eval_on_start = True
     trainer = recipe.trainer(options, tokenizer, train, held_out)
     check_saves_whole(trainer)
+    if trainer.is_world_process_zero():  # for `lora-ga export --rank`, and for anything else to be measured later
+        held_out.to_json(Path(training_args.output_dir, "held_out.jsonl"))
 
     trainer.train(resume_from_checkpoint=resume_choice(training_args.resume_from_checkpoint))
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -1,0 +1,216 @@
+"""The base model's own files with an adapter's weights in place, one file at a time: W0 + s·lora_B lora_A.
+
+It takes one process, and no model in memory but the largest file. Only a mixture's experts are merged in a model in memory.
+
+Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .companions import OF_MODEL, companions, copy_files
+from .scaling import PREFIX, scaling_of
+
+
+def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config: LoraConfig) -> None:
+    """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
+
+    Raises:
+        ValueError: the base is quantized, is not one of transformers' own models, or its index names a missing file; or
+            something in the adapter has no counterpart in it.
+    """
+    model_config = unquantized_config(source)
+    with torch.device("meta"):
+        skeleton = model_class(model_config)(model_config)
+    check_same_vocabulary(adapter, skeleton)
+    check_not_untied(adapter, skeleton)
+    shards = shards_of(source)
+    pieces = by_base_weight(adapter, base_names(shards))
+    of_model = [*OF_MODEL, *(path.name for path in source.glob("*.safetensors.index.json"))]
+    copy_files(source, [Path(name) for name in of_model if (source / name).is_file()] + companions(source), target)
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            merged = {
+                name: merge_tensor(file.get_tensor(name), pieces.get(name, {}), config, skeleton)
+                for name in file.keys()  # noqa: SIM118 (not a dict)
+            }
+        save_file(merged, target / shard.name, metadata={"format": "pt"})
+
+
+def write_merged_model(source: Path, target: Path, adapter: Path) -> None:
+    """The same by PEFT, for experts: memory holds them as one parameter, most files have a tensor for each.
+
+    Raises:
+        ValueError: the base is quantized, or is not one of transformers' own models.
+    """
+    base = model_class(unquantized_config(source)).from_pretrained(source, dtype="auto")
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    copy_files(source, companions(source), target)
+    merged.save_pretrained(target)
+
+
+def unquantized_config(source: Path) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: the model in `source` is quantized.
+    """
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if "quantization_config" in model_config.to_dict():
+        raise ValueError(
+            f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
+            "export the adapter alone."
+        )
+    return model_config
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config.json` names as the model's.
+
+    Raises:
+        ValueError: it is not a transformers model; the name is untrusted and must not call anything else.
+    """
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"The base model's config.json names the architecture {name!r}, which is not a transformers model, so it cannot "
+            "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+        )
+    return found
+
+
+def shards_of(source: Path) -> list[Path]:
+    """The files in `source` from which transformers loads the weights; others would be copied unmerged.
+
+    They are model.safetensors, else those that the index names, else all there are.
+
+    Raises:
+        ValueError: the index names a file that is not there.
+    """
+    there = {path.name: path for path in sorted(source.glob("*.safetensors"))}
+    if "model.safetensors" in there:
+        return [there["model.safetensors"]]
+    index = source / "model.safetensors.index.json"
+    if not index.is_file():
+        return [*there.values()]
+    named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elsewhere = [name for name in named if name not in there]
+    if elsewhere:
+        raise ValueError(
+            f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
+            "again from its source."
+        )
+    return [there[name] for name in named]
+
+
+def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
+    """Refuse an adapter that was trained with another vocabulary size than the base's files have.
+
+    Raises:
+        ValueError: the embeddings in the adapter have another number of rows.
+    """
+    embeddings = skeleton.get_input_embeddings()
+    for name, module in skeleton.named_modules():
+        held = adapter.get(f"{PREFIX}{name}.weight") if module is embeddings else None
+        if held is not None and len(held) != embeddings.num_embeddings:
+            raise ValueError(
+                f"The adapter was trained with a vocabulary of {len(held):,} tokens, the base model's files have "
+                f"{embeddings.num_embeddings:,}, so it cannot be merged file by file. Load the base, "
+                f"`resize_token_embeddings({len(held)})`, load the adapter with PEFT and use `merge_and_unload`."
+            )
+
+
+def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
+    """Refuse an adapter for one of two tied weights: in the base's files, the other would change with it.
+
+    Raises:
+        ValueError: embedding and head share their weight, and one of them was trained separately or has a LoRA.
+    """
+    if not skeleton.config.tie_word_embeddings:
+        return
+    tied = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    for name, module in skeleton.named_modules():
+        if module in tied and f"{PREFIX}{name}.weight" in adapter:
+            raise ValueError(
+                f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
+                "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
+        if module in tied and f"{PREFIX}{name}.lora_A.weight" in adapter:
+            raise ValueError(
+                f"The adapter has a LoRA on {name}, whose weight the base model shares between embedding and head, so merging "
+                "would change both (PEFT's `merge_and_unload` does). Export the adapter alone, or pass as `base_model` a copy "
+                "of the base with a weight of each and `tie_word_embeddings=False`."
+            )
+
+
+def base_names(shards: list[Path]) -> set[str]:
+    names = set()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    """For each of the base's weights, the parts of the adapter that change it: kind -> (module name, tensor).
+
+    A base's file may omit the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
+
+    Raises:
+        ValueError: a part of the adapter has no such weight.
+    """
+    pieces: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, value in adapter.items():
+        module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
+        wanted = f"{module.removesuffix('.base_layer')}.{parameter}"  # a bias trained beside the adapter
+        name = wanted if wanted in names else wanted.partition(".")[2]
+        if name not in names:
+            raise ValueError(
+                f"The adapter's {key} has no counterpart {wanted} in the base model's files, so it cannot be merged file by "
+                "file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            )
+        pieces.setdefault(name, {})[kind] = (module, value)
+    return pieces
+
+
+def merge_tensor(
+    base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
+) -> Tensor:
+    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
+
+    W0 is `base`, or the adapter's replacement: fully trained, or, for a head with a LoRA, another copy of the base's.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if "instead" in pieces:
+        _check_shape(*pieces["instead"], base)
+        base = pieces["instead"][1].to(base.dtype)
+    if "lora_B" not in pieces:
+        return base
+    module, lora_B = pieces["lora_B"]
+    delta = scaling_of(config, module) * lora_B.float()
+    if "lora_A" in pieces:
+        delta = delta @ pieces["lora_A"][1].float()
+        if isinstance(skeleton.get_submodule(module), Conv1D):
+            delta = delta.T
+    _check_shape(module, delta, base)
+    return (base.float() + delta).to(base.dtype)
+
+
+def _check_shape(module: str, found: Tensor, base: Tensor) -> None:
+    if found.shape != base.shape:
+        raise ValueError(
+            f"The adapter's {module} is for a weight of shape {list(found.shape)}, the base model's has {list(base.shape)}. "
+            "Pass the model that the adapter was trained on as `base_model`."
+        )

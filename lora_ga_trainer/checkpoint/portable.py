@@ -1,0 +1,170 @@
+"""An adapter's file in other forms, for readers that know less or hold less than PEFT: the plain scaling, the scaling in B,
+another rank.
+
+Shapes: O out features, I in features, K the rank in the file, R the rank wanted.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .mergeable import HARMLESS_ELSEWHERE, check_mergeable
+from .scaling import PREFIX, plain_form, scaling_of, with_form
+from .truncation import truncate
+
+FORM = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""The fields of `adapter_config.json` that say how the matrices are scaled."""
+
+
+class Lost(NamedTuple):
+    """What a layer's ΔW = s·BA (O×I) loses at another rank, in Frobenius norm."""
+
+    norm: float
+    """‖ΔW‖"""
+    error: float
+    """‖ΔW − ΔW_R‖"""
+
+    @property
+    def share(self) -> float:
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's two files hold."""
+
+    document: dict[str, Any]
+    """`adapter_config.json`, with fields of later versions of PEFT too."""
+    config: LoraConfig | None
+    """The same as PEFT reads it; None if the adapter is no LoRA."""
+    tensors: dict[str, Tensor]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names in the file of all modules with a pair of A and B."""
+        return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
+
+    def scaling(self, module: str) -> float:
+        assert self.config is not None  # `check_pairs` has passed
+        return scaling_of(self.config, module.removeprefix(PREFIX))
+
+    def write(self, directory: Path) -> None:
+        text = json.dumps(self.document, indent=2, sort_keys=True)
+        (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+        save_file(self.tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def read_adapter(directory: Path) -> AdapterFile:
+    """
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{directory} has no {name}. Pass a `checkpoint-N`, or the folder that `save_model` wrote."
+            )
+    try:
+        document = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    except (ValueError, SafetensorError) as error:
+        damaged = CONFIG_NAME if isinstance(error, ValueError) else SAFETENSORS_WEIGHTS_NAME
+        raise ValueError(f"{directory / damaged} is damaged ({error}). Use another checkpoint.") from error
+    is_lora = document.get("peft_type") == "LORA"
+    return AdapterFile(document, LoraConfig.from_pretrained(directory) if is_lora else None, tensors)
+
+
+def with_config(adapter: AdapterFile, config: LoraConfig, tensors: dict[str, Tensor]) -> AdapterFile:
+    """The `adapter` with other `tensors`, and the scaling that `config` says."""
+    document = adapter.document | {name: getattr(config, name) for name in FORM}
+    return AdapterFile(document, config, tensors)
+
+
+def in_plain_form(adapter: AdapterFile) -> AdapterFile:
+    """The same tensors without rsLoRA, as versions from 0.2 on save them; see `scaling`. Other adapters stay as they are."""
+    if adapter.config is None or not adapter.config.use_rslora or adapter.config.target_parameters:
+        return adapter  # the file does not name a parameter as patterns do
+    modules = {name.rpartition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
+    return with_config(adapter, plain_form(adapter.config, modules), adapter.tensors)
+
+
+def fold_scaling(adapter: AdapterFile) -> AdapterFile:
+    """The scaling multiplied into B, so that α = r: a whole number and a factor of 1 for every reader, without patterns.
+
+    B is rounded once more to its dtype, unless s is a power of two. Where ranks differ, the smaller are filled up with zeros.
+
+    Raises:
+        ValueError: the adapter is more than pairs of A and B.
+    """
+    check_pairs(adapter)
+    tensors = dict(adapter.tensors)
+    rank = max(len(adapter.tensors[f"{module}.lora_A.weight"]) for module in adapter.modules)
+    for module in adapter.modules:
+        s = adapter.scaling(module)
+        a_KI, b_OK = (adapter.tensors[f"{module}.lora_{half}.weight"] for half in "AB")
+        missing = rank - len(a_KI)
+        tensors[f"{module}.lora_A.weight"] = F.pad(a_KI, (0, 0, 0, missing))
+        tensors[f"{module}.lora_B.weight"] = F.pad((s * b_OK.double()).to(b_OK.dtype), (0, missing))
+        bias = f"{module}.lora_B.bias"
+        if bias in tensors:  # PEFT scales it as well
+            tensors[bias] = (s * tensors[bias].double()).to(tensors[bias].dtype)
+    assert adapter.config is not None
+    folded = replace(adapter.config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
+    return with_config(adapter, folded, tensors)
+
+
+def at_rank(adapter: AdapterFile, rank: int) -> tuple[AdapterFile, dict[str, Lost]]:
+    """(the nearest adapter whose modules all have this rank, what each of them loses). Each keeps its scaling.
+
+    A module of a smaller rank loses nothing and is filled up with zeros: many servers read one rank for all.
+
+    Raises:
+        ValueError: the rank is not below that of the file, or the adapter is more than pairs of A and B.
+    """
+    check_pairs(adapter)
+    largest = max(len(adapter.tensors[f"{module}.lora_A.weight"]) for module in adapter.modules)
+    if not 1 <= rank < largest:
+        raise ValueError(
+            f"`rank` is {rank}, but the adapter's file has rank {largest}, so only 1 to {largest - 1} make it smaller. Choose "
+            "one of them, or leave out `rank`."
+        )
+    tensors, lost = dict(adapter.tensors), {}
+    for module in adapter.modules:
+        a_name, b_name = (f"{module}.lora_{half}.weight" for half in "AB")
+        b_OR, a_RI, singular_values = truncate(tensors[b_name], tensors[a_name], rank)
+        tensors[b_name], tensors[a_name] = b_OR, a_RI
+        s = adapter.scaling(module)
+        lost[module] = Lost(s * singular_values.norm().item(), s * singular_values[rank:].norm().item())
+    assert adapter.config is not None
+    modules = [module.removeprefix(PREFIX) for module in adapter.modules]
+    scalings = {module: scaling_of(adapter.config, module) for module in modules}
+    return with_config(adapter, with_form(adapter.config, rank, dict.fromkeys(modules, rank), scalings), tensors), lost
+
+
+def check_pairs(adapter: AdapterFile) -> None:
+    """
+    Raises:
+        ValueError: the adapter adds more than s·BA to weights; or it has a LoRA on an embedding or a convolution.
+    """
+    check_mergeable(adapter.document, "given another rank or another scaling", HARMLESS_ELSEWHERE)
+    if adapter.document.get("target_parameters"):
+        raise ValueError(
+            f"The adapter's `target_parameters` is {adapter.document['target_parameters']!r}: each of its matrices holds those "
+            "of all experts, so it cannot be given another rank or scaling. Export the adapter alone, or merge it (`merge`)."
+        )
+    for name, tensor in adapter.tensors.items():
+        if ".lora_embedding_" in name or (".lora_A." in name and tensor.dim() != 2):
+            raise ValueError(
+                f"The adapter's {name} is not that of a linear layer, so it cannot be given another rank or another scaling. "
+                "Export the adapter alone, and load it with PEFT."
+            )
+    if not adapter.modules:
+        raise ValueError("The adapter's file has no LoRA, so there is no rank and no scaling. Export it as it is.")
