@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 from measuring.results import markdown_table  # noqa: E402
 from test_families import FAMILIES, PARAMETERS  # noqa: E402
+from tiny_vision import FAMILIES as VISION_FAMILIES  # noqa: E402
 
 COLUMNS = {
     "gradient is autograd's": "test_the_gradient_of_every_target_is_autograds",
@@ -21,6 +23,11 @@ COLUMNS = {
     "FSDP2 on two processes": "test_under_fsdp2_every_architecture_gets_the_factors_of_the_whole_model",
 }
 """Of the table: the test whose cases it sums up."""
+WITH_PICTURES = {
+    "gradient is autograd's, start is bit-exact": "test_the_gradient_is_autograds_and_the_start_is_exact",
+    "trains, stock PEFT loads it": "test_it_trains_and_stock_peft_loads_what_was_saved",
+    "rows of text only": "test_rows_of_text_train_the_language_model",
+}
 PAGE = """# Which models
 
 What the tests find on tiny random models of transformers' own classes. `python tools/families_table.py` runs them and writes
@@ -28,36 +35,55 @@ this page; "yes" means that every case passed.
 
 {table}
 
+## With pictures
+
+Rows with one picture, two, none, and all of them in one batch; adapters on everything, on names that both parts have, and on
+the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and what
+LLaVA leaves out of it. PaliGemma's processor takes no text without a picture, so TRL trains it on whole conversations with
+pictures only. Videos have not been tried.
+
+{with_pictures}
+
 4-bit and 8-bit bases are tested on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
 ZeRO-3, on a mixture of experts ([Several GPUs](distributed.md)).
 """
 
 
-def outcomes() -> dict[tuple[str, str], list[bool]]:
-    """Whether each case passed, by (test, family)."""
+def outcomes(columns: dict[str, str], families: Iterable[str], *files: str) -> dict[tuple[str, str], list[bool]]:
+    """Whether each case of the tests in `columns` passed, by (test, family)."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "found.xml")
-        tests = [str(ROOT / "tests" / name) for name in ("test_families.py", "test_backends.py")]
-        chosen = " or ".join(COLUMNS.values())
+        tests = [str(ROOT / "tests" / name) for name in files]
+        chosen = " or ".join(columns.values())
         subprocess.run([sys.executable, "-m", "pytest", "-q", *tests, "-k", chosen, f"--junitxml={file}"], cwd=ROOT)
         cases = ElementTree.parse(file).iter("testcase")
         found: dict[tuple[str, str], list[bool]] = {}
         for case in cases:
             test, _, rest = case.attrib["name"].partition("[")
-            family = next(part for part in rest.rstrip("]").split("-") if part in FAMILIES)
+            family = next(part for part in rest.rstrip("]").split("-") if part in families)
             found.setdefault((test, family), []).append(not len(case))  # a failure is an element in it
     return found
 
 
+def in_words(passed: list[bool] | None) -> str:
+    if passed is None:
+        return "–"
+    return "yes" if all(passed) else "no"
+
+
 def main() -> None:
-    found = outcomes()
+    found = outcomes(COLUMNS, FAMILIES, "test_families.py", "test_backends.py")
     rows = []
     for family, (_, targets) in FAMILIES.items():
         names = ["all-linear"] if targets == "all-linear" else targets
-        cells = ["yes" if all(found[test, family]) else "no" for test in COLUMNS.values()]
+        cells = [in_words(found[test, family]) for test in COLUMNS.values()]
         rows.append([family, ", ".join(f"`{name}`" for name in [*names, *PARAMETERS.get(family, [])]), *cells])
     table = markdown_table(["", "targets", *COLUMNS], rows)
-    page = PAGE.format(table=table)
+    seen = outcomes(WITH_PICTURES, VISION_FAMILIES, "test_vision_language.py")
+    rows = [
+        [family, *(in_words(seen.get((test, family))) for test in WITH_PICTURES.values())] for family in VISION_FAMILIES
+    ]
+    page = PAGE.format(table=table, with_pictures=markdown_table(["", *WITH_PICTURES], rows))
     (ROOT / "docs" / "families.md").write_text(page, encoding="utf-8")
 
 

@@ -1,0 +1,151 @@
+"""Vision-language models that TRL's SFTTrainer trains, on rows with one picture, several, none, and all of them mixed."""
+
+import copy
+import re
+
+import dense_reference
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from test_probe import estimated_gradients, largest_relative_error
+from tiny import lora_config, sft_arguments
+from tiny_vision import FAMILIES, rows, vision_model
+from trl import SFTConfig, SFTTrainer
+
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.cli.__main__ import main
+
+EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
+MIXED = (1, 2, 0)
+TARGETS = {
+    "all": "all-linear",
+    "names": ["q_proj", "v_proj"],
+    "language": r".*(language|text)_model.*\.(q_proj|down_proj)",
+}
+
+
+def data(family, pictures=MIXED):
+    """PaliGemma's processor takes no text without a picture: TRL cannot give it a completion of its own."""
+    return rows((1,), whole=True) if family == "paligemma" else rows(pictures)
+
+
+def trainer_of(family, output_dir, train_dataset, cls=LoRAGASFTTrainer, targets="all-linear", **options):
+    model, processor = vision_model(family)
+    config = LoRAGASFTConfig if cls is LoRAGASFTTrainer else SFTConfig
+    arguments = sft_arguments(output_dir, **{"max_length": None, "max_steps": 2} | options)
+    if cls is SFTTrainer:
+        arguments = {name: value for name, value in arguments.items() if not name.startswith("ga_")}
+    return cls(
+        model=model,
+        args=config(**arguments),
+        train_dataset=train_dataset,
+        processing_class=processor,
+        peft_config=lora_config(r=2, target_modules=targets),
+    )
+
+
+def batches_of(family, output_dir, sizes=(3, 5)):
+    """As TRL's own collator makes them."""
+    trainer = trainer_of(family, output_dir, data(family), SFTTrainer)
+    found, examples = [], list(trainer.train_dataset)
+    for size in sizes:
+        chosen, examples = examples[:size], examples[size:]
+        found.append(dict(trainer.data_collator(chosen)))
+    return found
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("targets", list(TARGETS))
+@every_family
+def test_the_gradient_is_autograds_and_the_start_is_exact(family, targets, tmp_path):
+    batches = batches_of(family, tmp_path)
+    base, _ = vision_model(family)
+    model = get_peft_model(copy.deepcopy(base), lora_config(r=2, target_modules=TARGETS[targets], task_type=None))
+    found = estimated_gradients(model, batches, EXACT)
+    reached = {name: gradient for name, gradient in found.items() if gradient.any()}
+    # float32 through both models, summed in another order
+    assert largest_relative_error(reached, dense_reference.autograd_gradients(base, reached, batches)) < 1e-5
+    report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+    assert torch.equal(logits(model, batches[0]), logits(base, batches[0]))
+    assert report.alignment.keys() == reached.keys()
+    # what LLaVA leaves out of its vision tower, `test_training_options`; the others use all of theirs
+    assert set(report.idle) == found.keys() - reached.keys()
+    assert not report.idle or (family.startswith("llava") and all("vision" in name for name in report.idle))
+    parts = {bool(re.search("vis", name)) for name in report.alignment}
+    assert parts == ({False} if targets == "language" else {True, False} if targets == "all" else parts)
+
+
+@every_family
+def test_it_trains_and_stock_peft_loads_what_was_saved(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, data(family), learning_rate=1e-2)
+    batch = dict(trainer.data_collator(list(trainer.train_dataset)[:3]))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    base, _ = vision_model(family)
+    trained, untrained = logits(trainer.model, batch), logits(base, batch)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    tolerance = 1e-5 * untrained.abs().max()  # float32 through a few layers
+    assert (logits(loaded, batch) - trained).abs().max() < tolerance
+    assert (trained - untrained).abs().max() > 1000 * tolerance, "training changed nothing, so this shows nothing"
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+def test_rows_of_text_train_the_language_model(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, rows((0,)))
+    trainer.train()
+    report = trainer.lora_ga_report
+    assert report.alignment and all(re.search("(language|text)_model", name) for name in report.alignment)
+    assert report.idle and not any(re.search("(language|text)_model", name) for name in report.idle)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_examples_are_counted_and_not_their_pictures(family, tmp_path):
+    """In Qwen's batches the rows of pixels are those of all pictures, one after another. Only 1 of the sizes divides seven."""
+    found = []
+    for size in (1, 3, 8):
+        trainer = trainer_of(
+            family, tmp_path / str(size), data(family), ga_num_samples=7, ga_batch_size=size, ga_estimator="exact"
+        )
+        trainer.train()
+        found.append(trainer.lora_ga_report)
+    for other in found[1:]:
+        assert other.num_items == found[0].num_items
+        # sums of the same examples in another order, and pictures padded to others
+        assert other.gradient_norm == pytest.approx(found[0].gradient_norm, rel=1e-4)
+
+
+def test_the_command_line_needs_only_the_model_and_rows_with_pictures(tmp_path):
+    """And options that make it short, on a CPU. Not a Qwen-VL: loading its processor takes torchvision."""
+    model, processor = vision_model("llava")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    data("llava").to_parquet(tmp_path / "rows.parquet")
+    words = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_path", str(tmp_path / "rows.parquet")]
+    short = [
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--max_length",
+        "null",
+        "--ga_num_samples",
+        "8",
+    ]
+    main(["sft", *words, "--output_dir", str(tmp_path / "out"), *short])
+    loaded = PeftModel.from_pretrained(vision_model("llava")[0], tmp_path / "out")
+    assert any("vision_tower" in name for name, _ in loaded.named_modules() if "lora_A" in name)
+    assert (tmp_path / "out" / "processor_config.json").is_file()
+
+
+def test_with_pali_gemma_trl_itself_takes_no_completion(tmp_path):
+    """To go, with `data`'s exception, when it does."""
+    trainer = trainer_of("paligemma", tmp_path, rows((1,)), SFTTrainer)
+    with pytest.raises(ValueError, match="`images` are expected"):
+        trainer.train()
