@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ga_trainer.factors import Scales, lora_ga_factors
 from lora_ga_trainer.gradient import accumulator
-from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch, in_two_parts
+from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch, in_two_parts, leading_triplets
 
 O, I, RANK = 96, 128, 4
 CPU = torch.device("cpu")
@@ -53,6 +53,34 @@ def test_exact_is_the_sum_over_tokens():
     s = dense_reference.singular_vectors(reference)[1]
     assert torch.allclose(triplets.s_K.double(), s[:6], rtol=1e-5)
     assert triplets.gradient_norm == pytest.approx(reference.norm().item(), rel=1e-5)
+
+
+SPECTRA = {
+    "falls fast": 0.9 ** torch.arange(300),
+    "falls slowly": (1.0 + torch.arange(300)) ** -0.5,
+    "hardly falls": 1 - torch.arange(300) / 600,
+    "five directions": torch.cat([torch.ones(5), torch.zeros(295)]),
+    "none": torch.zeros(300),
+}
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_leading_triplets_hold_what_those_of_a_full_svd_do(spectrum, shape):
+    """Σ s² of the first 8 to 2e-5: a step that adds 1e-6 may have several behind it that add nearly as much. Beyond the rank,
+    zeros."""
+    k, s = 8, SPECTRA[spectrum]
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.linalg.qr(torch.randn(n, 300, generator=generator)).Q for n in shape)
+    grad_OI = u * s @ v.T
+    u_OK, s_K, v_IK = (part[..., :k].double() for part in leading_triplets(grad_OI, k))
+    assert len(leading_triplets(grad_OI, k)[1]) < 300, "no full SVD"
+    best = dense_reference.singular_vectors(grad_OI)[1][:k].square().sum().item()
+    assert (u_OK.T @ grad_OI.double() @ v_IK).diagonal().square().sum().item() == pytest.approx(best, rel=2e-5)
+    assert s_K.square().sum().item() == pytest.approx(best, rel=2e-5)
+    for basis in (u_OK, v_IK):  # float32 rounds products of vectors of 400 numbers by about 20 · 6e-8
+        assert (basis.T @ basis - torch.eye(k)).abs().max() < 2e-6
+    assert (s_K[int((s > 0).sum()) :] < 1e-5).all()
 
 
 # Bounds for this spectrum and K = 24, with room for the draw: how far each number of passes falls short of exact.
