@@ -34,9 +34,11 @@ class LoRAGAArguments:
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
             small that 2·K·(O+I) ≥ O·I is always estimated exactly.)
-        ga_sketch_passes (`int`, *optional*, defaults to `2`):
+        ga_sketch_passes (`float`, *optional*, defaults to `2`):
             How often the sketch goes over the same examples. More passes come closer to the exact singular vectors: on real
-            gradients, 1 reaches 0.98 of the exact alignment, 2 reach 0.999, 3 reach 0.9999.
+            gradients, 1 reaches 0.98 of the exact alignment, 2 reach 0.999, 3 reach 0.9999. A fraction is the share of the
+            examples, in whole batches, that a look goes over before the first pass: 1.25 is a look at a quarter of them and one
+            pass over all.
         ga_sketch_size (`int`, *optional*):
             K, the width of the sketch; at least 2·r. Defaults to 2·r + 32 for each layer's own rank r.
         ga_direction (`str`, *optional*, defaults to `"ArB2r"`):
@@ -85,8 +87,12 @@ class LoRAGAArguments:
         default="sketch",
         metadata={"help": "`sketch` keeps 2·K·(O+I) numbers for an O×I weight, `exact` the full fp32 gradient."},
     )
-    ga_sketch_passes: int = field(
-        default=2, metadata={"help": "How often the sketch goes over the same examples. More is closer to exact."}
+    ga_sketch_passes: float = field(
+        default=2,
+        metadata={
+            "help": "How often the sketch goes over the same examples. More is closer to exact. 1.25: a look at a quarter of "
+            "them, then one pass over all."
+        },
     )
     ga_sketch_size: int | None = field(
         default=None, metadata={"help": "K, the width of the sketch, at least 2r. Default: 2r + 32."}
@@ -147,7 +153,8 @@ class LoRAGAArguments:
         self._check_integer(
             "ga_batch_size", minimum=1, optional=True, remedy="leave it out to use half the training batch size"
         )
-        self._check_integer("ga_sketch_passes", minimum=1, remedy="2 is the default, 1 the fastest")
+        remedy = "2 is the default, 1 the fastest, 1.25 a look at a quarter of the sample before one pass over all"
+        self._check_number("ga_sketch_passes", minimum=1, remedy=remedy)
         self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 32")
         self._check_integer(
             "ga_restart_steps", minimum=1, optional=True, remedy="leave it out to start from the gradient only once"
@@ -191,10 +198,11 @@ class LoRAGAArguments:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least {minimum}; {remedy}.")
 
-    def _check_number(self, name: str, *, remedy: str) -> None:
+    def _check_number(self, name: str, *, remedy: str, minimum: float | None = None) -> None:
         value = getattr(self, name)
-        if not is_number_above_zero(value):
-            raise ValueError(f"`{name}` is {value!r}, but must be a finite number above 0; {remedy}.")
+        if not is_number_above_zero(value) or (minimum is not None and value < minimum):
+            rule = "above 0" if minimum is None else f"of at least {minimum}"
+            raise ValueError(f"`{name}` is {value!r}, but must be a finite number {rule}; {remedy}.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

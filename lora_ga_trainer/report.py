@@ -39,8 +39,8 @@ class InitReport:
         seconds: wall time of the estimation and factorization.
         extra_peak_bytes: peak memory in use minus memory in use before, activations included; None where it cannot be
             measured.
-        all_reduced_bytes: for each pass, the bytes that each process put into the all-reduce of the gradients' sums;
-            zeros for one process.
+        all_reduced_bytes: for each pass, the look included, the bytes that each process put into the all-reduce of the
+            gradients' sums; zeros for one process.
         singular_values: for each layer of `alignment`, the 2·r leading singular values of G, the gradient of the mean loss per
             label token, descending; fewer for a thin layer, whose G has fewer above rounding error.
             Empty if it comes from a file older than this field; `gradient_norm` likewise.

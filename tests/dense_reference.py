@@ -82,6 +82,21 @@ def is_the_papers_as_far_as_it_goes(grad_OI, rank, direction, c, a_RI, b_OR, tol
     return not problems, problems
 
 
+def two_sided_estimate(grad_OI, q_OK, p_IK, guessing):
+    """G but for what the spans of Q and P both miss; `guessing` at that from the rest: C A⁺ B where G = [[A, B], [C, D]] in
+    these spans and their complements, A⁺ damped by the singular value of A in the middle."""
+    onto_q, onto_p = (basis.double() @ torch.linalg.pinv(basis.double()) for basis in (q_OK, p_IK))
+    grad = grad_OI.double()
+    off_q, off_p = torch.eye(len(onto_q)).double() - onto_q, torch.eye(len(onto_p)).double() - onto_p
+    known = grad - off_q @ grad @ off_p
+    if not guessing:
+        return known
+    u, s, v = singular_vectors(onto_q @ grad @ onto_p)
+    K = q_OK.shape[1]
+    damped = v[:, :K] * (s[:K] / (s[:K] ** 2 + s[K // 2] ** 2)) @ u[:, :K].T
+    return known + (off_q @ grad @ onto_p) @ damped @ (onto_q @ grad @ off_p)
+
+
 def alignment(grad_OI, a_RI, b_OR):
     """cos(G, B0 B0ᵀ G + G A0ᵀ A0), entry by entry."""
     grad, a, b = grad_OI.double(), a_RI.double(), b_OR.double()

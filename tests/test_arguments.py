@@ -61,6 +61,13 @@ def test_the_default_scale_is_matched_where_the_rate_is_known(tmp_path):
     assert LoRAGAArguments().ga_scale == "stable"  # a training loop without a trainer, as before there was another
 
 
+@pytest.mark.parametrize(("given", "passes"), [("2", 2), ("1.25", 1.25)])
+def test_passes_from_the_command_line(given, passes, tmp_path):
+    command = ["--output_dir", str(tmp_path), "--bf16", "false", "--ga_sketch_passes", given]
+    (config,) = TrlParser(LoRAGASFTConfig).parse_args_and_config(command)
+    assert config.ga_sketch_passes == passes
+
+
 def test_restarts_need_the_offset():
     with pytest.raises(ValueError, match="`ga_restart_steps` is 5, but `ga_offset` is False.*Leave out one of the two"):
         LoRAGAArguments(ga_offset=False, ga_restart_steps=5)
@@ -74,7 +81,9 @@ def test_restarts_need_the_offset():
         ("ga_num_samples", True, "whole number of at least 1"),
         ("ga_batch_size", 0, "whole number of at least 1; leave it out"),
         ("ga_estimator", "svd", "one of 'sketch', 'exact'"),
-        ("ga_sketch_passes", 0, "whole number of at least 1"),
+        ("ga_sketch_passes", 0, "finite number of at least 1; 2 is the default"),
+        ("ga_sketch_passes", 0.75, "finite number of at least 1; 2 is the default"),
+        ("ga_sketch_passes", float("inf"), "finite number of at least 1; 2 is the default"),
         ("ga_sketch_size", 1, "whole number of at least 2; leave it out"),
         ("ga_direction", "ArB", "one of 'ArB2r', 'A2rBr', 'ArBr', 'random', 'gaussian'"),
         ("ga_scale", "stabel", "one of 'matched', 'stable', 'unit', 'gd', 'weight_svd'"),

@@ -82,6 +82,13 @@ def make_runs(model: str) -> list[Run]:
             {"r": 2},
         ),
         Run("streaming", model, {"max_steps": 1}, {"r": 2}, streaming=True),
+        # a look at half of the sample before one pass over it
+        Run(
+            "look",
+            model,
+            {"ga_estimator": "sketch", "ga_sketch_size": 10, "ga_sketch_passes": 1.5, "max_steps": 1},
+            {"r": 2},
+        ),
         # one process has no sample at all
         Run("one_sample", model, {"ga_num_samples": 1, "max_steps": 1}, {"r": 1}),
     ]

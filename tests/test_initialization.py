@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
 from lora_ga_trainer.factors import Direction
-from lora_ga_trainer.gradient.accumulator import GradientSketch
+from lora_ga_trainer.gradient.accumulator import ExactGradient, GradientSketch
 from lora_ga_trainer.gradient.estimation import estimate_gradients, make_accumulator, whole_list
 from lora_ga_trainer.gradient.objective import Objective, language_model_loss
 from lora_ga_trainer.initialization import attach_lora_ga
@@ -449,6 +449,35 @@ def test_config_of_another_kind():
     model, _ = peft_pair()
     with pytest.raises(ValueError, match="LoraConfig, but must hold the `ga_\\*` options"):
         initialize_lora_ga(model, tiny_batches(), lora_config())
+
+
+def test_a_look_is_at_the_first_batches_and_exact_gradients_are_those_of_one_pass():
+    model, _ = peft_pair()
+    batches = tiny_batches((2, 2, 2, 2))
+    seen = []
+
+    def watched(model, batch, num_items):
+        seen.append(next(index for index, known in enumerate(batches) if torch.equal(known["labels"], batch["labels"])))
+        return language_model_loss(model, batch, num_items)
+
+    found = {}
+    for passes in (1.5, 1):
+        config = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10, ga_sketch_passes=passes)
+        adapter = attach_lora_ga(model, config) if not found else model.lora_ga
+        found[passes] = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
+        estimate_gradients(adapter, found[passes], Objective(model, batches, watched))
+    assert seen == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
+    exact = [name for name, accumulator in found[1].items() if isinstance(accumulator, ExactGradient)]
+    assert 0 < len(exact) < len(found[1])
+    assert all(torch.equal(found[1.5][name].grad_OI, found[1][name].grad_OI) for name in exact)
+
+
+@pytest.mark.parametrize(("share", "forwards"), [(0.25, 1), (0.1, 1), (0.5, 2), (0.75, 3), (1.1 % 1, 1), (1.0, 4)])
+def test_a_share_of_the_sample_is_in_whole_batches_and_never_none(share, forwards):
+    """Of batches that are not alike: the examples are those of the first ones."""
+    objective = Objective(peft_pair()[0], tiny_batches((3, 1, 2, 2)))
+    assert len(objective.first(share)) == forwards
+    assert objective.num_examples(share) == sum((3, 1, 2, 2)[:forwards])
 
 
 def test_the_sums_of_a_pass_are_gone_before_the_next(monkeypatch):

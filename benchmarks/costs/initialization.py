@@ -26,6 +26,9 @@ HALVED = "ours, 2 passes, half batches"
 """What the trainer does unless told otherwise: `ga_batch_size` is half of the training batch."""
 OURS = {
     "ours, 1 pass": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1),
+    "ours, 1.25 passes": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1.25),
+    "ours, 1.25 passes, K = 96": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1.25, ga_sketch_size=96),
+    "ours, 1.5 passes, K = 96": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=1.5, ga_sketch_size=96),
     "ours, 2 passes": LoRAGAArguments(ga_learning_rate=1e-3),
     "ours, 3 passes": LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=3),
     HALVED: LoRAGAArguments(ga_learning_rate=1e-3),

@@ -148,7 +148,7 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA); in the file as α/r' if lora['use_rslora'] else 'α/r'}",
         "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
         + (f", {report.num_items:,} label tokens" if report else ""),
-        "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']} passes",
+        "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']:g} passes",
         "direction, scale": f"{ga['ga_direction']}, {scale_in_words(ga)}",
         "seed": f"`ga_seed` = {ga['ga_seed']}",
     }

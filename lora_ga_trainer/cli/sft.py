@@ -33,7 +33,8 @@ precedence. The most common ones, some with an example value:
   LoRA-GA    --ga_num_samples 64        examples that the gradient is averaged over
              --ga_batch_size            examples per batch; half the training batch
              --ga_estimator sketch      or exact: the full gradients in float32
-             --ga_sketch_passes 2       --ga_sketch_size, by default 2r + 32
+             --ga_sketch_passes 2       1.25: a look at a quarter of them, then one pass
+             --ga_sketch_size           by default 2r + 32
              --ga_direction ArB2r
              --ga_scale                 by default matched to --ga_full_learning_rate, for
                                         --ga_learning_rate; or stable, with --ga_gamma

@@ -2,9 +2,10 @@
 
 Shapes: O out features, I in features, T tokens, K sketch width, H held-out columns.
 
-All accumulators have one interface. `passes` is how often the same examples have to stream by; in each pass every
-batch is given to `add`, then `end_pass` is called once; after the last pass `matrices` gives the accumulators of single
-gradients, and their `triplets` the result. Everything is accumulated in float32, whatever the dtype of x and dy; see `product`.
+All accumulators have one interface. `passes` is how often the same examples have to stream by, where a fraction is a look
+at that share of them before the first pass; in each pass, and in the look, every batch is given to `add`, then `end_pass` is
+called once; after the last pass `matrices` gives the accumulators of single gradients, and their `triplets` the result.
+Everything is accumulated in float32, whatever the dtype of x and dy; see `product`.
 
 A linear layer has one gradient. The E experts of a mixture share one parameter, whose gradient autograd makes whole, E×O×I:
 `ExpertGradients` and `ExpertSketches` are E accumulators side by side, which `add` that.
@@ -25,6 +26,12 @@ HELD_OUT_COLUMNS = 8
 
 The relative standard error of the missed energy is at most √(2/8) = 50 %, and that energy is a small part of ‖G‖².
 """
+
+SPARE_DIRECTIONS = 32
+"""That `leading_triplets` iterates beside those wanted. 16 take as long on the gradients of SmolLM2-135M, in more steps."""
+SETTLED = 1e-6
+"""`leading_triplets` stops at a step that adds less than this share to Σ s² of the triplets wanted, which but for ‖G‖² is the
+squared alignment: on those gradients after 4 to 6 steps, on a Gaussian matrix of their shape after 34."""
 
 _in_use: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
@@ -109,11 +116,11 @@ class ExactGradient:
         return [self]
 
     def triplets(self, k: int) -> SingularTriplets:
-        """The first k singular triplets of G, from a full SVD."""
-        u_OM, s_M, vt_MI = torch.linalg.svd(self.grad_OI, full_matrices=False)
+        """The first k singular triplets of G."""
+        u_OM, s_M, v_IM = leading_triplets(self.grad_OI, k)
         # clone: a slice would keep the full factors alive
         return SingularTriplets(
-            u_OM[:, :k].clone(), s_M[:k].clone(), vt_MI[:k].T.clone(), torch.linalg.norm(self.grad_OI).item()
+            u_OM[:, :k].clone(), s_M[:k].clone(), v_IM[:, :k].clone(), torch.linalg.norm(self.grad_OI).item()
         )
 
 
@@ -125,21 +132,21 @@ class GradientSketch:
         Y = G P  (O×K)        Z = Qᵀ G  (K×I)
 
     P and Q are Gaussian in the first pass; after it they are orthonormal bases of what the pass before it found, P = orth(Zᵀ)
-    and Q = orth(Y): block power iteration on both sides (Halko, Martinsson & Tropp 2011, section 4.5). After the last pass
+    and Q = orth(Y): block power iteration on both sides (Halko, Martinsson & Tropp 2011, section 4.5). A look finds bases like
+    a pass, only of what a share of the examples gives; nothing else of it is kept. After the last pass
 
         Ĝ = Q Z + Y Pᵀ − Q (QᵀY) Pᵀ = G − (I − QQᵀ) G (I − PPᵀ)
 
     so that what is missed is what *both* bases miss, and it is orthogonal to Ĝ. On the gradients of SmolLM2-135M two such
     passes align like three that multiply from one side each, as in Halko et al.'s algorithm 4.4.
 
-    After one pass only, P and Q know nothing of G, and G ≈ U (QᵀU)⁺ Z with a basis U of Y (Tropp, Yurtsever, Udell & Cevher
-    2017, "Practical sketching algorithms", algorithm 4). U holds only the K/2 leading left singular vectors of Y: with all K
-    the least-squares problem is square and ill-conditioned (alignment 0.97 of exact on SmolLM2-135M instead of 0.99). For one
-    pass K should be at least twice the number of triplets wanted.
+    After one pass P and Q know nothing of G, and after a look and a pass not enough. There Ĝ also has a guess at what both
+    miss, (Y − Q QᵀY) (QᵀY)⁺ (Z − Z P Pᵀ), as in Nyström's method (Nakatsukasa 2020, arXiv 2009.11392); see `_missed_by_both`.
+    For one pass K should be at least twice the number of triplets wanted.
 
     Args:
         width: K, at most half of min(O, I).
-        passes: how often the examples stream by, at least 1.
+        passes: how often the examples stream by, at least 1; 1.25 for a look at a quarter of them and one pass.
         seed: of the Gaussian matrices, which all sketches with the same seed, width and features share.
         basis_dtype: of P and Q. In bfloat16 the sums are exact for the rounded matrices, whose span each side misses by 2⁻⁹ at
             most, both together by 2⁻¹⁸ of a singular value. But a rounding that falls the other way in another run, where sums
@@ -154,12 +161,12 @@ class GradientSketch:
         out_features: int,
         in_features: int,
         width: int,
-        passes: int,
+        passes: float,
         seed: int,
         device: torch.device,
         basis_dtype: torch.dtype = torch.float32,
     ):
-        self.width, self.passes, self.passes_done = width, passes, 0
+        self.width, self.passes, self.passes_done = width, passes, 0  # a look counts as one that is done
         self.seed, self.device, self.basis_dtype = seed, device, basis_dtype
         self.left_OK = gaussian_matrix(out_features, width, seed, device, basis_dtype)
         self.right_IK = self._first_P(in_features)
@@ -191,62 +198,94 @@ class GradientSketch:
     def end_pass(self) -> None:
         """Turn what this pass summed into the bases that the next pass multiplies with."""
         self.passes_done += 1
-        if self.passes_done == 1:
+        if self.range_OK.shape[-1] > self.width:
             range_OK, held_out_OH = self.range_OK.split([self.width, HELD_OUT_COLUMNS], dim=-1)
             # the norm needs three digits of it
             self.held_out_OH, self.range_OK = held_out_OH.to(self.basis_dtype, copy=True), range_OK.contiguous()
         if self.passes_done < self.passes:
-            self.left_OK = torch.linalg.qr(self.range_OK).Q.to(self.basis_dtype)
-            self.right_IK = torch.linalg.qr(self.corange_KI.mT).Q.to(self.basis_dtype)
+            was_look = self.passes_done == 1 and self.passes % 1 > 0
+            Y_OK, Z_IK = self.range_OK, self.corange_KI.mT
+            if was_look:
+                Y_OK, Z_IK = _filled_up(Y_OK, self.left_OK), _filled_up(Z_IK, self.right_IK[..., : self.width])
+            self.left_OK, self.right_IK = (torch.linalg.qr(found).Q.to(self.basis_dtype) for found in (Y_OK, Z_IK))
+            if was_look:  # at some examples, and the norm is that of all
+                test_IH = self._test_columns().expand(*self.right_IK.shape[:-1], HELD_OUT_COLUMNS)
+                self.right_IK = torch.cat([self.right_IK, test_IH], dim=-1)
             self._start_sums()
+
+    def _test_columns(self) -> Tensor:
+        """I×H, drawn again, of the same seed: held since the first pass they would take as much as a basis."""
+        return self._first_P(self.right_IK.shape[-2])[:, self.width :]
 
     def matrices(self) -> "Iterable[GradientSketch]":
         return [self]
 
     def triplets(self, k: int) -> SingularTriplets:
         """The first k <= K singular triplets of the sketched G."""
-        # again, of the same seed: held since the first pass it would take as much as a basis
-        test_IH = self._first_P(len(self.right_IK))[:, self.width :].float()
-        found_OH = self.held_out_OH.float()
-        find = self._from_one_pass if self.passes == 1 else self._from_both_bases
-        u_OK, s_K, v_IK, missed_OH = find(k, test_IH, found_OH)
-        # ‖G‖² = what the projection holds + what it misses; E‖Mω‖² = ‖M‖² for a Gaussian ω.
-        squared_norm = s_K.square().sum() + missed_OH.square().sum() / HELD_OUT_COLUMNS
-        # clone: a slice would keep all columns alive
-        return SingularTriplets(u_OK[:, :k].clone(), s_K[:k].clone(), v_IK[:, :k].clone(), squared_norm.sqrt().item())
-
-    def _from_one_pass(self, k: int, test_IH: Tensor, found_OH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U, s, V of U (QᵀU)⁺ Z, and what of G the test columns find missing in it."""
-        basis_OK = _svd_of_tall(self.range_OK)[0][:, : max(k, self.width // 2)]
-        projected_KI = torch.linalg.lstsq(self.left_OK.float().T @ basis_OK, self.corange_KI).solution
-        v_IK, s_K, w_KK = _svd_of_tall(projected_KI.T)
-        return basis_OK @ w_KK, s_K, v_IK, found_OH - basis_OK @ (projected_KI @ test_IH)
-
-    def _from_both_bases(self, k: int, test_IH: Tensor, found_OH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U, s, V of Ĝ, of rank 2K, and what of G the test columns find missing in it.
-
-        P and Q have been rounded, and their sums belong to what they were rounded to. QR makes them orthonormal again,
-        [Q, Y] = L [[R₁, ·], [0, R₂]] and [P, Zᵀ] = M [S₁, S₂] with K columns each, and then
-
-            Ĝ = L [[R₁⁻ᵀ S₂ᵀ], [R₂ S₁⁻¹, 0]] Mᵀ
-
-        where only the 2K×2K matrix in the middle needs an SVD. R₁ and S₁ are triangular and within 2⁻⁹ of the identity.
-        """
-        K = self.width
+        K, test_IH = self.width, self._test_columns().float()
+        # P and Q are no bases after one pass and rounded ones after more, and their sums belong to them as they are. QR makes
+        # them bases: [Q, Y] = L [[R₁, ·], [0, R₂]] and [P, Zᵀ] = M [S₁, S₂], where R₁ and S₁ are triangular
         left = torch.linalg.qr(torch.cat([self.left_OK.float(), self.range_OK], dim=1))
-        right = torch.linalg.qr(torch.cat([self.right_IK.float(), self.corange_KI.T], dim=1))
+        right = torch.linalg.qr(torch.cat([self.right_IK[:, :K].float(), self.corange_KI.T], dim=1))
         (r1, _), (_, r2) = (rows.split(K, dim=1) for rows in left.R.split(K))
         s1, s2 = right.R[:K, :K], right.R[:, K:]
         upper = torch.linalg.solve_triangular(r1.T, s2.T, upper=False)
         lower = torch.linalg.solve_triangular(s1, r2, upper=True, left=False)
-        middle = torch.cat([upper, torch.cat([lower, torch.zeros_like(lower)], dim=1)])
+        # after two passes the bases know G: on SmolLM2-135M a guess would win nothing, and on a flat spectrum lose 3 %
+        guess = _missed_by_both(upper[:, :K], upper[:, K:], lower) if self.passes < 2 else torch.zeros_like(lower)
+        middle = torch.cat([upper, torch.cat([lower, guess], dim=1)])
         # small: costs the same on any device
         u, s, vt = (part.to(self.device) for part in torch.linalg.svd(middle.cpu()))
-        # (I − QQᵀ) (G − G P Pᵀ) ω
         q_OK, p_IK = left.Q[:, :K], right.Q[:, :K]
-        missed_OH = found_OH - self.range_OK @ torch.linalg.solve_triangular(s1, p_IK.T @ test_IH, upper=True)
+        # what both bases miss of the test columns, in truth and as guessed; E‖Mω‖² = ‖M‖² for a Gaussian ω
+        missed_OH = self.held_out_OH.float() - self.range_OK @ torch.linalg.solve_triangular(
+            s1, p_IK.T @ test_IH, upper=True
+        )
         missed_OH -= q_OK @ (q_OK.T @ missed_OH)
-        return left.Q @ u, s, right.Q @ vt.T, missed_OH
+        guessed_KH = guess @ (right.Q[:, K:].T @ test_IH)
+        excess = (missed_OH.square().sum() - guessed_KH.square().sum()) / HELD_OUT_COLUMNS
+        squared_norm = upper.square().sum() + lower.square().sum() + (guess.square().sum() + excess).clamp(min=0)
+        return SingularTriplets(left.Q @ u[:, :k], s[:k].clone(), right.Q @ vt[:k].T, squared_norm.sqrt().item())
+
+
+def _filled_up(found_NK: Tensor, gaussian_NK: Tensor) -> Tensor:
+    """What a look found and 2⁻⁸ of its size in Gaussian directions; these alone, if it found nothing, as of an idle expert.
+
+    A share of the sample may have fewer than K tokens for a weight. What else is in a basis would be rounding error, which
+    differs between launches.
+    """
+    found_size = torch.linalg.matrix_norm(found_NK, keepdim=True)
+    filling_NK = gaussian_NK.float() / torch.linalg.matrix_norm(gaussian_NK.float(), keepdim=True)
+    return torch.where(found_size > 0, found_NK + 2**-8 * found_size * filling_NK, filling_NK)
+
+
+def _missed_by_both(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """C A⁺ B (all K×K) for D in G = [[A, B], [C, D]], which it is if the rank of G is K/2 or less.
+
+    A⁺ is damped, s/(s² + σ²) for 1/s with σ the singular value of A in the middle: divided by the small ones, what is no part
+    of the leading directions would outgrow them.
+    """
+    u_KK, s_K, vt_KK = (part.to(A.device) for part in torch.linalg.svd(A.cpu()))
+    damped_K = s_K / (s_K.square() + s_K[len(s_K) // 2].square()).clamp(min=torch.finfo(torch.float32).tiny)
+    return (C @ vt_KK.T * damped_K) @ (u_KK.T @ B)
+
+
+def leading_triplets(grad_OI: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V of G (O×I, float32), of which the first k count, by block power iteration (Halko et al. 2011, algorithm 4.4),
+    until it has `SETTLED`. Where G is hardly wider than the block, of a full SVD, which is quicker there.
+    """
+    (O, I), width = grad_OI.shape, k + SPARE_DIRECTIONS
+    if min(O, I) <= 4 * width:
+        u_OM, s_M, vt_MI = torch.linalg.svd(grad_OI, full_matrices=False)
+        return u_OM, s_M, vt_MI.T
+    v_IK, before = gaussian_matrix(I, width, 0, grad_OI.device, torch.float32), 0.0
+    while True:
+        u_OK = torch.linalg.qr(grad_OI @ v_IK).Q
+        v_IK, s_K, w_KK = _svd_of_tall(grad_OI.T @ u_OK)
+        found = s_K[:k].square().sum().item()
+        if found <= before * (1 + SETTLED):
+            return u_OK @ w_KK, s_K, v_IK
+        before = found
 
 
 def _svd_of_tall(m_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,10 @@ def accumulator_bytes(weight: AdaptedWeight, config: LoRAGAArguments) -> int:
     K, in_basis = sketch_width(weight, config), basis_dtype(weight).itemsize
     first_pass = 4 * (O * (K + HELD_OUT_COLUMNS) + I * K)
     later_passes = (4 + in_basis) * K * (O + I) + in_basis * O * HELD_OUT_COLUMNS
-    return E * (first_pass if config.ga_sketch_passes == 1 else later_passes)
+    after_a_look = later_passes + (4 * O + in_basis * I) * HELD_OUT_COLUMNS
+    if config.ga_sketch_passes == 1:
+        return E * first_pass
+    return E * (after_a_look if config.ga_sketch_passes % 1 else later_passes)
 
 
 def derived_seed(purpose: str, seed: int) -> int:
@@ -98,25 +101,32 @@ def estimate_gradients(
     """Fill `accumulators` with the gradient of the `objective` at the current function.
 
     Returns:
-        for each pass, the bytes that this process put into the all-reduce of its sums.
+        for each pass, the look included, the bytes that this process put into the all-reduce of its sums.
 
     Raises:
         ValueError: on all processes, if the loss of one is not finite, or a weight's gradient is not, or so few weights get
             one that the sample, the loss or the targets must be wrong.
     """
-    passes = max(accumulator.passes for accumulator in accumulators.values())
+    most = max(accumulator.passes for accumulator in accumulators.values())
+    passes, look = int(most), most % 1
+    shares = ([look] if look else []) + [1.0] * passes
     bytes_of_passes = []
-    share = f", process 1 of {world_size()}" if world_size() > 1 else ""
-    total = passes * objective.num_examples
+    process = f", process 1 of {world_size()}" if world_size() > 1 else ""
+    total = sum(map(objective.num_examples, shares))
     with tqdm(total=total, disable=disable_tqdm, unit=" samples", desc="LoRA-GA gradient") as progress:
-        for pass_number in range(1, passes + 1):
-            progress.set_description(f"LoRA-GA gradient, pass {pass_number} of {passes}{share}")
-            summing = {name: acc for name, acc in accumulators.items() if acc.passes >= pass_number}
+        for number, share in enumerate(shares, start=0 if look else 1):
+            step = f"pass {number} of {passes}" if number else "first look"
+            progress.set_description(f"LoRA-GA gradient, {step}{process}")
+            summing = {
+                name: acc for name, acc in accumulators.items() if (acc.passes >= number if number else acc.passes % 1)
+            }
             with gradient_probe(adapter, {name: acc.add for name, acc in summing.items()}) as backward:
-                for loss, examples in objective.losses():
+                for loss, examples in objective.losses(share):
                     backward(loss)
                     progress.update(examples)
             bytes_of_passes.append(_finish_sums(summing, objective.scale))
+            if number:  # a look may miss what all of the sample reaches
+                _check_gradients(summing)
             with failing_together():
                 for accumulator in summing.values():
                     accumulator.end_pass()
@@ -124,7 +134,7 @@ def estimate_gradients(
 
 
 def _finish_sums(accumulators: dict[str, Accumulator], scale: float) -> int:
-    """Sum a pass over processes, undo the `scale` of the loss, and look at what came of it; returns the bytes all-reduced.
+    """Sum a pass over processes and undo the `scale` of the loss; returns the bytes all-reduced.
 
     No reference to the sums may outlive it: the next pass makes its own, and there is memory for one set.
     """
@@ -132,7 +142,6 @@ def _finish_sums(accumulators: dict[str, Accumulator], scale: float) -> int:
     all_reduced_bytes = sum_over_processes(sums)
     for total in sums:
         total.div_(scale)
-    _check_gradients(accumulators)
     return all_reduced_bytes
 
 

@@ -48,7 +48,6 @@ class Objective:
         self.model, self.compute_loss = model, compute_loss or language_model_loss
         self.num_items = count_items(model, batches)
         self.weighted_batches = even_batches(batches)
-        self.num_examples = sum(map(count_examples, batches))
 
     @property
     def scale(self) -> float:
@@ -58,14 +57,23 @@ class Objective:
         """
         return 2.0 ** math.floor(math.log2(self.num_items))
 
-    def losses(self) -> Iterator[tuple[Tensor, int]]:
-        """(`scale` times a batch's share of L, how many examples it stands for), for every forward of this process.
+    def first(self, share: float) -> list[tuple[Batch, float]]:
+        """(batch, weight) for every forward over the first `share` of the sample, 1 for all: as many on every process."""
+        return self.weighted_batches[: max(1, round(share * len(self.weighted_batches)))]
+
+    def num_examples(self, share: float = 1.0) -> int:
+        """Of this process, in the first `share` of the sample."""
+        return sum(count_examples(batch) for batch, weight in self.first(share) if weight)
+
+    def losses(self, share: float = 1.0) -> Iterator[tuple[Tensor, int]]:
+        """(`scale` times a batch's share of L, how many examples it stands for), for every forward of this process over the
+        first `share` of the sample.
 
         Raises:
             ValueError: a loss does not depend on the model; or on all processes, at the end, one is not finite.
         """
         device, losses = batch_device(self.model), []
-        for index, (batch, weight) in enumerate(self.weighted_batches):
+        for index, (batch, weight) in enumerate(self.first(share)):
             # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
             loss = self.compute_loss(self.model, send_to_device(dict(batch), device), self.num_items)
             _check_reached(loss, index)

@@ -50,7 +50,7 @@ def initialize_lora_ga(
         peft_model: from `get_peft_model` with an untrained `LoraConfig` adapter.
         batches: what `compute_loss` takes; by default model inputs with `labels`, −100 where a token must not count.
             Read once and kept, since the estimation goes over it `ga_sketch_passes` times; moved to the model's device
-            one by one.
+            one by one. A look (1.25 passes) is at the first of them.
         config: the `ga_*` options; a `LoRAGASFTConfig` is one. `ga_num_samples` and `ga_batch_size` are for whoever
             makes the batches.
         compute_loss: called as `compute_loss(model, batch, num_items_in_batch)`, like `Trainer.compute_loss`, with the
