@@ -6,7 +6,8 @@
 Every measurement is a process of its own.
 
 Seconds: from the loaded base model to the initialized adapter, wrapping included, in rounds in which the variants take turns,
-so that whatever else changes on the machine changes for all; the ratio to PEFT's is the median over rounds.
+so that whatever else changes on the machine changes for all; the ratio to PEFT's is the median over rounds. Where others use
+the machine too, the ratio of the seconds that the processor's cores were busy says more ("CPU"; nothing on a GPU).
 Memory: the peak above the resting model, and what of it an ordinary LoRA forward and backward on the same batches does not
 take ("added"); in one more process, which gives freed memory back at once, and so is slower.
 Alignment: that of the factors with the exact gradient, cos(G, BBᵀG + GAᵀA), as a share of the best that any factors of rank r
@@ -72,6 +73,10 @@ def summary(found: dict[str, dict[str, Any]], variants: list[str], rounds: int) 
         if PEFTS in variants:
             theirs = [found[PEFTS][number]["seconds"] for number in range(rounds)]
             rows[variant]["ratio"] = statistics.median(a / b for a, b in zip(seconds, theirs, strict=True))
+            pairs = [(found[variant][number], found[PEFTS][number]) for number in range(rounds)]
+            if all("cpu_seconds" in run for pair in pairs for run in pair):
+                ratios = [ours["cpu_seconds"] / peft["cpu_seconds"] for ours, peft in pairs]
+                rows[variant]["cpu_ratio"] = statistics.median(ratios)
     return rows
 
 
@@ -128,6 +133,7 @@ def main():
         "initialization",
         "seconds",
         "/ PEFT's",
+        "CPU / PEFT's",
         "peak, MiB",
         "/ LoRA step's",
         "added / gradients",
@@ -139,6 +145,7 @@ def main():
             variant,
             f"{row['seconds']:.1f}",
             f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['cpu_ratio']:.2f}" if "cpu_ratio" in row else "",
             f"{row['peak'] / mib:,.0f}",
             f"{row['peak'] / found[TRAINING]['memory']['peak']:.2f}",
             f"{row['added_share']:.1%}",

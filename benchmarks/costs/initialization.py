@@ -64,16 +64,17 @@ def initialized(variant: str, model: PreTrainedModel, batches: Batches) -> tuple
 
 
 def measure_cost(variant: str, args: Namespace) -> tuple[dict[str, Any], PeftModel, str]:
-    """(seconds and peak, and what `initialized` returns)."""
+    """(seconds, those of its processor cores, and peak; and what `initialized` returns)."""
     batch_size = max(1, args.batch_size // 2) if variant == HALVED else args.batch_size
     model, batches = make_model(Namespace(**vars(args) | {"batch_size": batch_size}), args.samples)
     warm_up(model, batches[0])
     device = torch.device(args.device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     with peak_memory(device) as peak:
         model, part = initialized(variant, model, batches)
         finish(device)
-    return {"seconds": time.perf_counter() - started, "peak": peak.extra_bytes}, model, part
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+    return seconds | {"peak": peak.extra_bytes}, model, part
 
 
 def measure_variant(variant: str, args: Namespace) -> dict[str, Any]:
