@@ -36,13 +36,13 @@ def _scaling(alpha: float, rank: int, use_rslora: bool) -> float:
 def plain_alpha(scale: float, rank: int) -> float:
     """The α for which α/rank in double precision is `scale` to the last bit; whole if a whole one is.
 
-    The rounded product s·r may miss that by a bit; then one of its neighbours does not. For some ranks that are no power of
-    two, the numbers near s·r lie further apart than r times those near s, so that no α may meet s: then it is met but for one
-    unit in the last place, far below what float32 tells apart.
+    The rounded product s·r is the α nearest to the exact one, so if any α gives s back, it does: no neighbour could do better.
+    For some ranks that are no power of two, the numbers near s·r lie further apart than r times those near s, so that no α may
+    meet s: then it is met but for one unit in the last place, far below what float32 tells apart.
     """
     product = scale * rank
-    candidates = (round(product), product, math.nextafter(product, math.inf), math.nextafter(product, 0))
-    return min(candidates, key=lambda alpha: abs(alpha / rank - scale))  # the first of equally good ones
+    whole = round(product)
+    return whole if abs(whole / rank - scale) <= abs(product / rank - scale) else product
 
 
 def plain_form(config: LoraConfig, modules: Iterable[str], times: int = 1) -> LoraConfig:
