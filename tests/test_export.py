@@ -15,7 +15,7 @@ from launching import PYTHON, environment
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import lora_config, sft_arguments, tiny_batches, tiny_model, word_problems
+from tiny import lora_config, moved_at_random, sft_arguments, tiny_batches, tiny_model, word_problems
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,11 +102,7 @@ def adapted(family: str, folder: Path, dtype=torch.float32, offset=True, **lora)
     initialize_lora_ga(
         model, tiny_batches(), LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=offset), disable_tqdm=True
     )
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+    moved_at_random(model)
     model.save_pretrained(folder / "adapter")
     return logits(model)
 

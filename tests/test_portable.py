@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import VOCABULARY, lora_config, tiny_batches, tiny_model, word_problems, word_tokenizer
+from tiny import VOCABULARY, lora_config, moved_at_random, tiny_batches, tiny_model, word_problems, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lora_ga_trainer import LoRAGAArguments, initialize_lora_ga
@@ -35,11 +35,7 @@ def save_adapter(folder: Path, family="llama", offset=True, **lora) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora_config(**lora))
     config = LoRAGAArguments(ga_learning_rate=1e-3, ga_offset=offset)
     initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+    moved_at_random(model)
     model.save_pretrained(folder / "adapter")
     word_tokenizer().save_pretrained(folder / "adapter")
 

@@ -16,16 +16,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from tiny import CONFIGS, lora_config, tiny_batches, tiny_model, word_problems, word_tokenizer
+from tiny import lora_config, tiny_batches, tiny_model, word_problems, word_tokenizer
+from tiny_vision import PATCH, SIDE, llava
 from transformers import (
     BatchFeature,
-    CLIPVisionConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     TrainerCallback,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import OffloadActivations
 
@@ -306,37 +303,12 @@ def test_conversations_with_assistant_only_loss(make_trainer, gradients, prompt_
 
 # --- vision-language models -----------------------------------------------------------------------------------------
 
-IMAGE_TOKENS, SIDE, PATCH = 4, 12, 6
-
-
-def image_tokenizer():
-    tokenizer = word_tokenizer(last_words=("<image>",))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tokenizer
-
-
-def image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+IMAGE_TOKENS = (SIDE // PATCH) ** 2
 
 
 def tiny_llava(vision_feature_layer: int = -1) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=CONFIGS["llama"](),
-            image_token_index=image_tokenizer().convert_tokens_to_ids("<image>"),
-            vision_feature_layer=vision_feature_layer,
-        )
-    )
+    return llava(vision_feature_layer)[0]
 
 
 @pytest.fixture
@@ -347,13 +319,7 @@ def make_vision_trainer(make_trainer):
         {"image": Image.fromarray(picture), "prompt": f"<image> {row['prompt']}", "completion": row["completion"]}
         for picture, row in zip(pixels, word_problems(), strict=True)
     ]
-    processor = LlavaProcessor(
-        image_processor(),
-        image_tokenizer(),
-        PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    processor = llava()[1]
 
     def make(cls=LoRAGASFTTrainer, model=None, **options):
         return make_trainer(cls, model, Dataset.from_list(rows), processor, **options)
@@ -364,7 +330,8 @@ def make_vision_trainer(make_trainer):
 def test_vision_language_models(make_vision_trainer, gradients):
     """The vision tower, the projector and the language model are all targets."""
     make, rows = make_vision_trainer
-    tokenizer, process = image_tokenizer(), image_processor()
+    processor = llava()[1]
+    tokenizer, process = processor.tokenizer, processor.image_processor
     found = []
     for row in rows:
         prompt = [tokenizer.convert_tokens_to_ids("<image>")] * (IMAGE_TOKENS - 1) + tokenizer(row["prompt"])[

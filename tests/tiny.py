@@ -113,9 +113,18 @@ def peft_pair(family: str = "llama", dtype: torch.dtype = torch.float32, **lora)
     return get_peft_model(copy.deepcopy(base), lora_config(**lora)).eval(), base
 
 
-def word_tokenizer(last_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """w0, w1, …; `last_words` take the place of the last of them."""
-    words = [*(f"w{i}" for i in range(VOCABULARY - 4 - len(last_words))), *last_words]
+def moved_at_random(model) -> None:
+    """Take what trains as far from its start as much training would."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """w0, w1, …"""
+    words = [f"w{i}" for i in range(VOCABULARY - 4)]
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -84,16 +84,20 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(**TEXT, vocab_size=len(tokenizer))
 
 
-def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+def template(picture: str) -> str:
+    """With what the family calls a picture."""
+    return TEMPLATE.replace("IMAGE", picture)
+
+
+def llava(vision_feature_layer: int = -2) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = tokenizer_with("<image>")
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER), text_config=llama(tokenizer),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=vision_feature_layer,
     )  # fmt: skip
     images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    template = TEMPLATE.replace("IMAGE", "<image>")
     processor = LlavaProcessor(
-        images, tokenizer, PATCH, "default", chat_template=template, num_additional_image_tokens=1
+        images, tokenizer, PATCH, "default", chat_template=template("<image>"), num_additional_image_tokens=1
     )
     return LlavaForConditionalGeneration(config), processor
 
@@ -108,9 +112,8 @@ def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=pinpoints
     )
-    template = TEMPLATE.replace("IMAGE", "<image>")
     processor = LlavaNextProcessor(
-        images, tokenizer, PATCH, "default", chat_template=template, num_additional_image_tokens=1
+        images, tokenizer, PATCH, "default", chat_template=template("<image>"), num_additional_image_tokens=1
     )
     return LlavaNextForConditionalGeneration(config), processor
 
@@ -135,39 +138,33 @@ def qwen(
         """Their processor needs torchvision, which CPUs' builds of torch do not come with."""
 
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-            ids = {"image": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id, self.video_token_id = ids["image"], tokenizer.convert_tokens_to_ids("<|video_pad|>")
+            self.image_token_id, self.video_token_id = ids["image_token_id"], ids["video_token_id"]
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    template = TEMPLATE.replace("IMAGE", "<|vision_start|> <|image_pad|> <|vision_end|>")
-    return model_class(config), WithoutVideos(images, tokenizer, chat_template=template)
+    picture = "<|vision_start|> <|image_pad|> <|vision_end|>"
+    return model_class(config), WithoutVideos(images, tokenizer, chat_template=template(picture))
 
 
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}}
 
 
+QWEN_TOWER = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+SINCE_2_5 = QWEN_TOWER | {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 40}
+
+
 def qwen2_vl():
-    vision = {
-        "depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2, "patch_size": PATCH,
-        "spatial_merge_size": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
+    vision = QWEN_TOWER | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
     return qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, vision, ROPE)
 
 
 def qwen2_5_vl():
-    vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 40, "num_heads": 4, "patch_size": PATCH,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 24, "fullatt_block_indexes": [1],
-    }  # fmt: skip
+    vision = SINCE_2_5 | {"window_size": 24, "fullatt_block_indexes": [1]}
     return qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, vision, ROPE)
 
 
 def qwen3_vl():
-    vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 40, "num_heads": 4, "patch_size": PATCH,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
+    vision = SINCE_2_5 | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision, ROPE | {"head_dim": 12})
 
 
@@ -175,15 +172,13 @@ def gemma3():
     tokenizer = tokenizer_with(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
     )
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("boi", "eoi", "image")}
     config = Gemma3Config(
         text_config={**TEXT, "vocab_size": len(tokenizer), "head_dim": 12, "sliding_window": 64},
-        vision_config={**TOWER, "vision_use_head": False}, mm_tokens_per_image=4, boi_token_index=ids["boi_token_id"],
-        eoi_token_index=ids["eoi_token_id"], image_token_index=ids["image_token_id"],
+        vision_config={**TOWER, "vision_use_head": False}, mm_tokens_per_image=4, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id, image_token_index=tokenizer.image_token_id,
     )  # fmt: skip
     images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_seq_length=4)
-    template = TEMPLATE.replace("IMAGE", "<start_of_image>")
-    processor = Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    processor = Gemma3Processor(images, tokenizer, chat_template=template("<start_of_image>"), image_seq_length=4)
     return Gemma3ForConditionalGeneration(config), processor
 
 
@@ -208,8 +203,8 @@ def internvl():
             self.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><video>)")
 
     images = GotOcr2ImageProcessorPil(size={"height": 2 * SIDE, "width": 2 * SIDE}, crop_to_patches=False)
-    template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>")
-    return InternVLForConditionalGeneration(config), WithoutVideos(images, tokenizer, chat_template=template)
+    processor = WithoutVideos(images, tokenizer, chat_template=template("<IMG_CONTEXT>"))
+    return InternVLForConditionalGeneration(config), processor
 
 
 def paligemma():
@@ -221,7 +216,7 @@ def paligemma():
     )  # fmt: skip
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_seq_length=4)
     images.image_seq_length = 4
-    processor = PaliGemmaProcessor(images, tokenizer, chat_template=TEMPLATE.replace("IMAGE", "<image>"))
+    processor = PaliGemmaProcessor(images, tokenizer, chat_template=template("<image>"))
     return PaliGemmaForConditionalGeneration(config), processor
 
 
@@ -234,9 +229,7 @@ def idefics3():
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )
-    processor = Idefics3Processor(
-        images, tokenizer, image_seq_len=1, chat_template=TEMPLATE.replace("IMAGE", "<image>")
-    )
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=template("<image>"))
     return Idefics3ForConditionalGeneration(config), processor
 
 

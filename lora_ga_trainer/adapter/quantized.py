@@ -26,6 +26,16 @@ def is_quantized(base: nn.Module) -> bool:
     return base.weight.dtype not in UNQUANTIZED or not is_plain
 
 
+def quantized_bases(weights: dict[str, AdaptedWeight]) -> dict[str, nn.Module]:
+    """The base layers of `weights` that are quantized, by name. The module around a parameter is no layer of one weight."""
+    bases = {
+        name: weight.layer.get_base_layer()
+        for name, weight in weights.items()
+        if not isinstance(weight, AdaptedParameter)
+    }
+    return {name: base for name, base in bases.items() if is_quantized(base)}
+
+
 def dequantized_weight(weight: AdaptedWeight) -> Tensor:
     """W of the base layer, O×I (I×O in a Conv1D), dequantized if need be; of a parameter E×O×I. The layer is not changed."""
     if isinstance(weight, AdaptedParameter):
@@ -46,11 +56,9 @@ def check_scale(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> N
     """
     if config.ga_scale != "weight_svd":
         return
-    for name, weight in weights.items():
-        kind = type(weight.layer).__name__
-        if isinstance(weight, AdaptedParameter):
-            continue
-        if is_quantized(weight.layer.get_base_layer()) and kind not in DEQUANTIZABLE:
+    for name in quantized_bases(weights):
+        kind = type(weights[name].layer).__name__
+        if kind not in DEQUANTIZABLE:
             raise ValueError(
                 f'`ga_scale="weight_svd"` needs the singular values of the weights, but that of {name} ({kind}) cannot be '
                 'dequantized. Use "matched", which does not look at it.'

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import LoRAGAAdapter
-from ..adapter.quantized import is_quantized
-from ..adapter.weight import AdaptedParameter
+from ..adapter.quantized import is_quantized, quantized_bases
 
 
 class _Mark(torch.autograd.Function):
@@ -42,10 +41,7 @@ def checked_backward(adapter: LoRAGAAdapter, anchor: Tensor) -> Iterator[None]:
     Raises:
         ValueError: on leaving, if one got a gradient, or should have, but passed none on to its input, which waited for it.
     """
-    bases = [
-        weight.layer.get_base_layer() for weight in adapter.weights.values() if not isinstance(weight, AdaptedParameter)
-    ]
-    kinds = {type(base) for base in bases if is_quantized(base)}
+    kinds = {type(base) for base in quantized_bases(adapter.weights).values()}
     watched = {
         name: module for name, module in adapter.model.named_modules() if type(module) in kinds and is_quantized(module)
     }
