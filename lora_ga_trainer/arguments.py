@@ -30,7 +30,7 @@ class LoRAGAArguments:
         ga_batch_size (`int`, *optional*):
             Examples per forward and backward while estimating. Defaults to half of the training batch size per device, to
             make room for the sketch. Changes speed and memory only: the gradient is the token-weighted mean, however the
-            examples are batched.
+            examples are batched. (With a fraction of a pass it also decides which examples are looked at.)
         ga_estimator (`str`, *optional*, defaults to `"sketch"`):
             `"sketch"` keeps 2·K·(O+I) numbers for an O×I weight, `"exact"` the full O·I gradient in float32. (A layer so
             small that 2·K·(O+I) ≥ O·I is always estimated exactly.)
@@ -56,8 +56,9 @@ class LoRAGAArguments:
             η_f of the `matched` scale: the learning rate for full fine-tuning. Larger values start from larger factors, which
             move the weights further with each of the first steps.
         ga_learning_rate (`float`, *optional*):
-            η of the `matched` scale: the peak learning rate of the adapter. A trainer reads it from its optimizer; your own
-            training loop must set it.
+            η of the `matched` scale: the peak learning rate of the adapter. A trainer reads it from its optimizer and its
+            schedule. Your own training loop must set it, and so must you if a function of your own (`LambdaLR`) raises the rate
+            above the optimizer's.
         ga_gamma (`float`, *optional*, defaults to `16.0`):
             γ of the `stable` scale. Larger values start from smaller factors.
         ga_offset (`bool`, *optional*, defaults to `True`):
@@ -165,9 +166,8 @@ class LoRAGAArguments:
             raise ValueError(f"`ga_seed` is {self.ga_seed}, but must be at most {LARGEST_SEED}. 42 is the default.")
         self._check_choice("ga_estimator", ESTIMATORS)
         self._check_choice("ga_direction", get_args(Direction))
-        if self.ga_scale is None:
-            self.ga_scale = "stable" if self.peak_learning_rate is None else "matched"
-        self._check_choice("ga_scale", get_args(Scale))
+        if self.ga_scale is not None:
+            self._check_choice("ga_scale", get_args(Scale))
         if not isinstance(self.ga_offset, bool):
             raise ValueError(
                 f"`ga_offset` is {self.ga_offset!r}, but must be True (the paper's form) or False (B from zero)."
@@ -183,6 +183,12 @@ class LoRAGAArguments:
         self._check_number("ga_gamma", remedy="16.0 is the default")
         if isinstance(self, TrainingArguments):
             super().__post_init__()  # type: ignore[misc]  # of the configuration after it in the bases
+
+    @property
+    def scale(self) -> Scale:
+        """`ga_scale`, or its default."""
+        default = "stable" if self.peak_learning_rate is None else "matched"
+        return self.ga_scale or default  # type: ignore[return-value]  # checked above
 
     @property
     def peak_learning_rate(self) -> float | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 NAMED = 3
-"""Idle layers that the summary names; all are in `InitReport.idle`."""
+"""Idle or thin layers that the summary names; the `InitReport` has all."""
 
 
 class ExpertCounts(NamedTuple):
@@ -46,7 +46,10 @@ class InitReport:
             Empty if it comes from a file older than this field; `gradient_norm` likewise.
         gradient_norm: for each layer of `alignment`, ‖G‖, including what lies beyond the 2·r; an estimate with the sketch.
         scale: for each adapted layer c, the length of the rows of A0. Empty if it comes from a file older than this field.
-        idle: the layers that get no gradient from any row of the sample. They start as in LoRA: A0 random, B0 zero.
+        idle: the layers that get no gradient from any row of the sample. They start as in LoRA: A0 random, B0 zero (B0 too is
+            random with the direction `gaussian`).
+        thin: the layers whose gradient has fewer than 2·r singular pairs, such as those with fewer than 2·r dimensions on one
+            side. What is lacking starts as in LoRA.
         experts: for each adapted parameter with the weights of several experts, how many there are, and how many of them are
             idle or thin. Everything else that is said of it is said of all together, as of one block-diagonal matrix.
     """
@@ -60,6 +63,7 @@ class InitReport:
     gradient_norm: dict[str, float] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    thin: list[str] = field(default_factory=list)
     experts: dict[str, ExpertCounts] = field(default_factory=dict)
 
     @property
@@ -96,6 +100,9 @@ class InitReport:
         if self.idle:
             more = f" and {len(self.idle) - NAMED} more" if len(self.idle) > NAMED else ""
             lines.append(f"  idle       {self.idle_note()}: {', '.join(self.idle[:NAMED])}{more}")
+        if self.thin:
+            more = f" and {len(self.thin) - NAMED} more" if len(self.thin) > NAMED else ""
+            lines.append(f"  thin       {self.thin_note()}: {', '.join(self.thin[:NAMED])}{more}")
         if self.experts:
             lines.append(f"  experts    {self.experts_note()}")
         return "\n".join(lines)
@@ -104,6 +111,11 @@ class InitReport:
         """How many layers had no gradient, in words."""
         layers = len(self.alignment) + len(self.idle)
         return f"{len(self.idle)} of {layers} layers got no gradient from the sample and start as in LoRA"
+
+    def thin_note(self) -> str:
+        """How many layers had a gradient of low rank, in words."""
+        layers = len(self.alignment) + len(self.idle)
+        return f"{len(self.thin)} of {layers} layers got a gradient of fewer than 2·r singular pairs; the rest is as in LoRA"
 
     def total_experts(self) -> ExpertCounts:
         """Of all parameters together."""
@@ -124,6 +136,7 @@ class InitReport:
             "ga/alignment_mean": self.alignment_mean,
             "ga/alignment_min": self.alignment_min,
             "ga/idle_weights": len(self.idle),
+            "ga/thin_weights": len(self.thin),
             "ga/init_seconds": self.seconds,
         }
         if self.experts:

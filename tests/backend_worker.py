@@ -60,6 +60,8 @@ class Run:
     """Whether they come as an `IterableDataset`."""
     seq2seq: bool = False
     """Whether the model is a T5, trained by `LoRAGASeq2SeqTrainer`."""
+    ratio: float | None = None
+    """B's learning rate to A's, as in LoRA+."""
     out_of_memory_in: str | None = None
     """`estimation` or `training`, where more than one example on a process fails as on a GPU."""
     dies: str | None = None
@@ -118,6 +120,20 @@ def standing_whole(model: torch.nn.Module) -> int:
         for parameter in model.parameters()
         if not isinstance(parameter, DTensor)  # with DDP and ZeRO-1/2: everything, always
     )
+
+
+class TwoRates(LoRAGASFTTrainer):
+    """Makes its optimizer without the help of any base class, as transformers documents."""
+
+    ratio: float
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        A, B = zip(*(weight.trained for weight in self.model.lora_ga.weights.values()), strict=True)
+        rate = self.args.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [{"params": A, "lr": rate}, {"params": B, "lr": self.ratio * rate}], weight_decay=0.0
+        )
+        return self.optimizer
 
 
 class Observer(TrainerCallback):

@@ -55,6 +55,11 @@ def nan_on_the_second(model, batch, num_items):
     return loss * float("nan") if dist.get_rank() == 1 else loss
 
 
+def no_gradient_on_the_second(model, batch, num_items):
+    loss = language_model_loss(model, batch, num_items)
+    return loss.detach() if dist.get_rank() == 1 else loss
+
+
 def in_zero3(rank: int) -> dict[str, torch.Tensor]:
     model, _ = peft_pair()
     attach_lora_ga(model, CONFIG)  # before the engine takes the parameters
@@ -146,6 +151,7 @@ def main(out: Path) -> None:
         "ZeRO-3": in_zero3(rank),
         "FSDP2": in_fsdp2(rank),
         "nan": refused(peft_pair()[0], batches_of(rank), compute_loss=nan_on_the_second),
+        "unreached": refused(peft_pair()[0], batches_of(rank), compute_loss=no_gradient_on_the_second),
         "nothing": refused(peft_pair()[0], nothing),
         "warnings": heard.texts,
         "kept": kept_by_the_writer(rank),

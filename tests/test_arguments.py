@@ -1,5 +1,6 @@
 """The `ga_*` options from Python, YAML and the command line, and what a `LoraConfig` may not ask for."""
 
+import dataclasses
 from dataclasses import dataclass, fields
 
 import pytest
@@ -56,9 +57,12 @@ def test_command_line_and_yaml(tmp_path):
 
 
 def test_the_default_scale_is_matched_where_the_rate_is_known(tmp_path):
-    assert LoRAGASFTConfig(output_dir=str(tmp_path), bf16=False).ga_scale == "matched"
-    assert LoRAGAArguments(ga_learning_rate=1e-3).ga_scale == "matched"
-    assert LoRAGAArguments().ga_scale == "stable"  # a training loop without a trainer, as before there was another
+    assert LoRAGASFTConfig(output_dir=str(tmp_path), bf16=False).scale == "matched"
+    assert LoRAGAArguments(ga_learning_rate=1e-3).scale == "matched"
+    without = LoRAGAArguments()  # a training loop without a trainer, as before there was another
+    assert without.scale == "stable"
+    assert dataclasses.replace(without, ga_learning_rate=1e-3).scale == "matched"
+    assert LoRAGAArguments(ga_learning_rate=1e-3, ga_scale="stable").scale == "stable"
 
 
 @pytest.mark.parametrize(("given", "passes"), [("2", 2), ("1.25", 1.25)])

@@ -89,6 +89,14 @@ def make_runs(model: str) -> list[Run]:
             {"ga_estimator": "sketch", "ga_sketch_size": 10, "ga_sketch_passes": 1.5, "max_steps": 1},
             {"r": 2},
         ),
+        # c follows both rates, also at a restart
+        Run(
+            "two_rates",
+            model,
+            {"learning_rate": 1e-4, "ga_full_learning_rate": 1e-2, "ga_restart_steps": 2, "max_steps": 3},
+            {"r": 2},
+            ratio=8.0,
+        ),
         # one process has no sample at all
         Run("one_sample", model, {"ga_num_samples": 1, "max_steps": 1}, {"r": 1}),
     ]
@@ -513,6 +521,7 @@ def test_the_example_of_a_loop(config, example_alone, tmp_path):
 def test_an_error_on_one_process_is_raised_on_all(own_loops):
     for found in own_loops:
         assert found["nan"].startswith("The loss of batch 0 for LoRA-GA on process 1 is nan")
+        assert found["unreached"].startswith("The loss of batch 0 for LoRA-GA does not depend on any target layer")
         assert found["nothing"].startswith("LoRA-GA got no batch")
 
 

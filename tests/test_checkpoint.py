@@ -422,6 +422,14 @@ def test_the_batch_size_of_the_estimation_may_differ(tmp_path):
     assert model.lora_ga.state.report is not None
 
 
+def test_the_batch_size_decides_what_a_look_sees(tmp_path):
+    options = {"ga_scale": "stable", "ga_sketch_size": 10, "ga_sketch_passes": 1.25}
+    model, _ = peft_pair()
+    initialize_lora_ga(model, tiny_batches(), LoRAGAArguments(**options, ga_batch_size=2), disable_tqdm=True)
+    model.save_pretrained(tmp_path)
+    refused(fresh(LoRAGAArguments(**options, ga_batch_size=3)), tmp_path, "`ga_batch_size` is 3, but .* made with 2")
+
+
 def test_a_deleted_adapter_is_not_saved(tmp_path):
     model, _ = trained()
     model.add_adapter("plain", lora_config())

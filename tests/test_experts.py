@@ -317,6 +317,8 @@ def test_a_router_is_a_thin_weight_like_any_other():
     routers = [name for name in report.alignment if name.endswith("mlp.gate")]
     assert len(routers) == 2 and not report.experts.keys() & set(routers)
     assert all(len(report.singular_values[name]) <= 4 for name in routers)
+    assert set(routers) <= set(report.thin) and report.metrics()["ga/thin_weights"] == len(report.thin)
+    assert f"  thin       {len(report.thin)} of " in report.summary()
     assert torch.equal(logits(model), logits(base))
 
 

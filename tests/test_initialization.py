@@ -292,6 +292,45 @@ def test_next_to_no_target_with_a_gradient_is_refused():
     assert len(report.idle) == 9 and len(report.alignment) == 1
 
 
+@pytest.mark.parametrize("passes", [1, 1.25, 2])
+def test_an_idle_layer_may_be_the_only_one_with_a_sketch(passes):
+    """Later passes and a look have no other to sum."""
+    base = tiny_model()
+    base.spare = nn.Linear(1024, 1024)
+    model = get_peft_model(base, lora_config(target_modules=r".*(layers\.0\.self_attn\.q_proj|spare)"))
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_passes=passes)
+    report = initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
+    assert len(report.alignment) == 1 and report.idle == ["base_model.model.spare"]
+
+
+def test_a_look_may_see_no_gradient_but_none_that_is_infinite():
+    """The first batch, which is all of the look, gives its labels no loss, or one that overflows on the way back."""
+
+    def of_second_only(model, batch, num_items):
+        return language_model_loss(model, batch, num_items) * (0.0 if torch.equal(batch["input_ids"], first) else 1.0)
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * float("inf")
+
+    batches = tiny_batches((2, 2, 2, 2))
+    first = batches[0]["input_ids"]
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_sketch_size=10, ga_sketch_passes=1.25)
+    report = initialize_lora_ga(peft_pair()[0], batches, config, of_second_only, disable_tqdm=True)
+    assert len(report.alignment) == 14
+    with pytest.raises(
+        ValueError, match="10 of 10 target layers get a gradient with NaN or Inf"
+    ):  # of those with a sketch
+        initialize_lora_ga(
+            peft_pair()[0], batches, config, lambda *a: Overflow.apply(language_model_loss(*a)), disable_tqdm=True
+        )
+
+
 def test_a_long_list_of_layers_is_whole_in_the_log(caplog):
     names = [f"layers.{n}.q_proj" for n in range(11)]
     assert whole_list(names[:10]) == ", ".join(names[:10]) and not caplog.text
@@ -322,6 +361,8 @@ def test_a_target_without_a_gradient_starts_as_in_lora(estimator, offset, tmp_pa
         gram = weight.A.frozen @ weight.A.frozen.T
         assert torch.allclose(gram, c**2 * torch.eye(1), atol=1e-6)  # float32
         assert not weight.B.weight.any()
+    k, v = (model.lora_ga.weights[silent[place]].A.frozen for place in (1, 2))
+    assert k.shape == v.shape and not torch.allclose(k, v), "each has random directions of its own"
     same = get_peft_model(copy.deepcopy(base), lora_config(r=1))
     initialize_lora_ga(same, tiny_batches(), config, disable_tqdm=True)
     assert all(torch.equal(same.lora_ga.weights[n].A.frozen, model.lora_ga.weights[n].A.frozen) for n in silent)

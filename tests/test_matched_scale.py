@@ -8,11 +8,14 @@ import torch
 from peft import get_peft_model
 from tiny import lora_config, peft_pair, tiny_batches, tiny_model
 from transformers import TrainerCallback
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTTrainer, initialize_lora_ga
 from lora_ga_trainer.checkpoint.state import STATE_FILE, read_state
 
 FULL = 3e-5
+LARGE = 1e-2
+"""With it c is above its least value at every rate that a trainer here has."""
 A_TENTH_OF_LORAS = 0.1 * math.sqrt(1 / 3)
 """Of the root-mean-square length of a row of A as PEFT draws it: I entries uniform in ±1/√I."""
 
@@ -73,6 +76,7 @@ def test_full_fine_tuning_really_goes_so_far():
 @pytest.fixture
 def make_trainer(sft_config, prompt_completion, tokenizer):
     def make(callbacks=(), **options):
+        options = {"ga_full_learning_rate": LARGE} | options
         return LoRAGASFTTrainer(
             model=tiny_model(),
             args=sft_config(**options),
@@ -90,25 +94,15 @@ def scales(trainer):
 
 
 def expected(trainer, rate_A, rate_B=None):
-    weights, args = trainer.model.lora_ga.weights.values(), trainer.args
-    return {
-        w.name: pytest.approx(
-            max(
-                dense_reference.matched_scale(
-                    w.out_features,
-                    w.in_features,
-                    w.rank,
-                    w.scaling,
-                    args.ga_full_learning_rate,
-                    rate_A,
-                    rate_B or rate_A,
-                ),
-                A_TENTH_OF_LORAS,
-            ),
-            rel=1e-6,  # float32, in which it comes back from the process that factored the weight
+    """What the formula gives, in float32, in which it comes back from the process that factored the weight."""
+    found = {
+        w.name: dense_reference.matched_scale(
+            w.out_features, w.in_features, w.rank, w.scaling, LARGE, rate_A, rate_B or rate_A, trainer.args.ga_offset
         )
-        for w in weights
+        for w in trainer.model.lora_ga.weights.values()
     }
+    assert min(found.values()) > A_TENTH_OF_LORAS, "the shortest A0 is the same at every rate"
+    return {name: pytest.approx(c, rel=1e-6) for name, c in found.items()}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "constant_with_warmup"])
@@ -118,7 +112,7 @@ def test_the_trainer_knows_its_peak_rate(make_trainer, schedule):
     )
     trainer.train()
     assert scales(trainer) == expected(trainer, 3e-4)
-    assert "  scale      c from 0." in trainer.lora_ga_report.summary()
+    assert "  scale      c from 8." in trainer.lora_ga_report.summary()
     for name, weight in trainer.model.lora_ga.weights.items():
         # rows of A0 and columns of B0 have length c; float32
         for lengths in (weight.A.frozen.norm(dim=1), weight.B.frozen.norm(dim=0)):
@@ -131,14 +125,82 @@ def test_an_option_overrules_the_trainers_rate(make_trainer):
     assert scales(trainer) == expected(trainer, 1e-3)
 
 
-def test_groups_with_rates_of_their_own_as_in_lora_plus(make_trainer):
-    """The rates are the peaks of the optimizer that trains, here one from outside whose schedule climbs on from its start."""
-    trainer = make_trainer(ga_scale="matched", max_steps=2)
+def two_groups(trainer, rate_A, rate_B):
     A, B = zip(*(weight.trained for weight in trainer.model.lora_ga.weights.values()), strict=True)
-    trainer.optimizer = torch.optim.AdamW([{"params": A, "lr": 1e-4}, {"params": B, "lr": 16e-4}])
-    trainer.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(trainer.optimizer, [1e-4, 16e-4], total_steps=2)
+    return torch.optim.SGD([{"params": A, "lr": rate_A}, {"params": B, "lr": rate_B}])
+
+
+def one_cycle(optimizer, peaks):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=100)
+
+
+def cycles(optimizer, peaks):
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, [1e-6, 1e-6], peaks, cycle_momentum=False)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("schedule", [one_cycle, cycles])
+@pytest.mark.parametrize("own", ["from outside", "both methods", "the schedule"])
+def test_the_rates_are_the_peaks_of_what_trains(sft_config, prompt_completion, tokenizer, own, schedule, offset):
+    """Groups of their own as in LoRA+, whose schedule climbs on from its start, made in any of the places that Trainer has."""
+
+    class Own(LoRAGASFTTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = two_groups(self, 1e-4, 16e-4)
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = schedule(self.optimizer, [1e-4, 16e-4])
+            return self.lr_scheduler
+
+    class OwnSchedule(LoRAGASFTTrainer):
+        create_scheduler = Own.create_scheduler
+
+        def get_decay_parameter_names(self, model):  # the trainer's own two groups are A and B
+            return [name for name, _ in model.named_parameters() if ".lora_A." in name]
+
+    trainer = {"from outside": LoRAGASFTTrainer, "both methods": Own, "the schedule": OwnSchedule}[own](
+        model=tiny_model(),
+        args=sft_config(
+            ga_scale="matched", ga_full_learning_rate=LARGE, max_steps=1, learning_rate=1e-5, ga_offset=offset
+        ),
+        train_dataset=prompt_completion,
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+    )
+    if own == "from outside":
+        trainer.optimizer = two_groups(trainer, 1e-4, 16e-4)
+        trainer.lr_scheduler = schedule(trainer.optimizer, [1e-4, 16e-4])
     trainer.train()
     assert scales(trainer) == expected(trainer, 1e-4, 16e-4)
+
+
+def test_without_the_offset_only_the_rate_of_B_counts(make_trainer):
+    for rates, fails in (((0.0, 1e-3), False), ((1e-3, 0.0), True)):
+        trainer = make_trainer(ga_scale="matched", ga_offset=False, max_steps=1)
+        trainer.optimizer = two_groups(trainer, *rates)
+        if fails:
+            with pytest.raises(ValueError, match=r"0.001 \(A\) and 0.0 \(B\), to which no factor can be matched"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert scales(trainer) == expected(trainer, *rates)
+
+
+def test_a_rate_that_the_optimizer_does_not_know(make_trainer):
+    """Adafactor finds its own."""
+    for known in (None, 1e-3):
+        trainer = make_trainer(ga_scale="matched", ga_learning_rate=known, max_steps=1)
+        trainer.optimizer = Adafactor(two_groups(trainer, 1.0, 1.0).param_groups, lr=None)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = None
+        trainer.lr_scheduler = AdafactorSchedule(trainer.optimizer)
+        if known is None:
+            with pytest.raises(ValueError, match="Set `ga_learning_rate` to the peak learning rate"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert scales(trainer) == expected(trainer, 1e-3)
 
 
 def test_an_optimizer_that_trains_neither_factor_is_an_error(make_trainer):
@@ -182,4 +244,4 @@ def test_restarts_resume_card_and_file(make_trainer, tmp_path):
     resumed.save_model()
     assert read_state(tmp_path / "run").report.scale == scales(whole)
     assert (tmp_path / "run" / STATE_FILE).exists()
-    assert "matched to full fine-tuning at the learning rate 5e-05" in (tmp_path / "run/README.md").read_text()
+    assert "matched to full fine-tuning at the learning rate 0.01" in (tmp_path / "run/README.md").read_text()

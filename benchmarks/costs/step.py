@@ -4,7 +4,7 @@ On paper, floating-point operations per token for O×I weights:
 
     base      4·O·I          forward, and the gradient at the input; none of the weight. The head counts, attention does not
     LoRA      6·R·(O + I)    forward, the gradient at the input, and that of A and B: 2 each
-    LoRA-GA  10·R·(O + I)    4 + 4 + 2: the function has rank 2R, the trained matrices have rank R (see `delta_product`)
+    LoRA-GA  10·R·(O + I)    4 + 4 + 2: the function has rank 2R, the trained matrices have rank R (see `adapter/product.py`)
 
 so the ratio of steps is (4·O·I + 10·R·(O + I)) / (4·O·I + 6·R·(O + I)), which is over 1.03 where R is over about
 O·I / (O + I) / 32: 64 for 4096×4096, 9 for 576×576. In memory LoRA-GA has A0 and B0 besides, R·(O + I) numbers a weight, and

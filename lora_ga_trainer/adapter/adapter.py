@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel
 
-from ..factors import LearningRates
 from .delta import OffsetHalf
 from .state import LoRAGAState
 from .weight import AdaptedWeight
@@ -18,8 +17,6 @@ class LoRAGAAdapter:
     weights: dict[str, AdaptedWeight]
     """By module name, in the model's order."""
     state: LoRAGAState
-    learning_rates: dict[str, LearningRates] | None = None
-    """The peak rates at which an optimizer trains each weight's A and B, by name; None where there is no trainer to say."""
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ With the differences dA = A − A0 and dB = B − B0, which alone are trained, t
 
 one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision. PEFT's layers only ever call
 `lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right. The products
-themselves, and their gradients, are in `delta_product`.
+themselves, and their gradients, are in `product`.
 
 A restart freezes the rows and columns so far as `history` H behind a new pair, so that the rank grows by 2R each time:
 
@@ -23,7 +23,7 @@ hold those, see `join_a` and `join_b`; PEFT reads their `weight` alone and adds 
 Shapes: O out features, I in features, R the rank that trains, E experts.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,9 +148,10 @@ def attach_delta_form(layer: LoraLayer, adapter_name: str, offset: bool = True) 
         layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
     else:
         layer.lora_A[adapter_name] = SumA(lora_A.weight, stack)
-    layer.set_adapter = MethodType(_set_adapter, layer)
-    layer.set_requires_grad = MethodType(_set_requires_grad, layer)
-    layer._cast_input_dtype = MethodType(_cast_input_dtype, layer)
+    # not `MethodType`, which pickle looks up in the class
+    layer.set_adapter = partial(_set_adapter, layer)
+    layer.set_requires_grad = partial(_set_requires_grad, layer)
+    layer._cast_input_dtype = partial(_cast_input_dtype, layer)
 
 
 def _cast_input_dtype(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:

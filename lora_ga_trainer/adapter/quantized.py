@@ -54,7 +54,7 @@ def check_scale(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> N
     Raises:
         ValueError: a quantization that PEFT cannot undo.
     """
-    if config.ga_scale != "weight_svd":
+    if config.scale != "weight_svd":
         return
     for name in quantized_bases(weights):
         kind = type(weights[name].layer).__name__

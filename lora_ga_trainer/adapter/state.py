@@ -45,4 +45,5 @@ class LoRAGAState:
         values = {name: copy.copy(getattr(lora_config, name)) for name in LORA_FIELDS}
         lora = {name: sorted(set(value)) if isinstance(value, (set, list)) else value for name, value in values.items()}
         options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
+        options["ga_scale"] = config.scale
         return cls(adapter_name, lora, options, has_embeddings, report=None)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -127,10 +126,10 @@ def bind_files(adapter: LoRAGAAdapter) -> None:
     """
     peft_model = adapter.model
     peft_model.lora_ga = adapter
-    peft_model.save_pretrained = MethodType(save_pretrained, peft_model)
-    peft_model.load_adapter = MethodType(load_adapter, peft_model)
-    peft_model.create_or_update_model_card = MethodType(create_or_update_model_card, peft_model)
-    peft_model.merge_and_unload = MethodType(merge_and_unload, peft_model)
+    peft_model.save_pretrained = partial(save_pretrained, peft_model)
+    peft_model.load_adapter = partial(load_adapter, peft_model)
+    peft_model.create_or_update_model_card = partial(create_or_update_model_card, peft_model)
+    peft_model.merge_and_unload = partial(merge_and_unload, peft_model)
 
 
 def save_pretrained(

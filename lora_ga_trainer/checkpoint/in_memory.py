@@ -5,8 +5,7 @@ Helpers that read a layer's `weight` or `get_delta_weight` work by construction:
 that write to the weights are corrected here, or refused: PEFT would silently cut the adapter, or write to a discarded tensor.
 """
 
-from functools import wraps
-from types import MethodType
+from functools import partial, wraps
 from typing import Any
 
 from peft import PeftModel
@@ -24,9 +23,9 @@ RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`Pef
 def guard_helpers(adapter: LoRAGAAdapter) -> None:
     """Bind the following to the adapter's model; PEFT has no hook for it."""
     peft_model = adapter.model
-    peft_model.add_adapter = MethodType(add_adapter, peft_model)
+    peft_model.add_adapter = partial(add_adapter, peft_model)
     # `peft_model` looks up the methods of its `base_model`
-    peft_model.base_model.add_weighted_adapter = MethodType(add_weighted_adapter, peft_model)
+    peft_model.base_model.add_weighted_adapter = partial(add_weighted_adapter, peft_model)
     peft_model.register_load_state_dict_pre_hook(check_not_from_file)
 
 

@@ -146,8 +146,7 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         "rank that trained": f"r = {r}",
         "rank of the file": f"{times * r}",
         "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA); in the file as α/r' if lora['use_rslora'] else 'α/r'}",
-        "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}"
-        + (f", {report.num_items:,} label tokens" if report else ""),
+        "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}" + (f", {report.num_items:,} items" if report else ""),
         "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']:g} passes",
         "direction, scale": f"{ga['ga_direction']}, {scale_in_words(ga)}",
         "seed": f"`ga_seed` = {ga['ga_seed']}",
@@ -159,6 +158,8 @@ def settings(state: LoRAGAState) -> dict[str, str]:
         )
         if report.idle:
             found["layers without a gradient"] = report.idle_note()
+        if report.thin:
+            found["layers with a gradient of low rank"] = report.thin_note()
         if report.experts:
             found["experts"] = report.experts_note()
     if state.restarts:

@@ -69,11 +69,12 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
     """
     saved = read_state(directory)
     # options added since the checkpoint was written acted as their defaults do
+    without_effect = () if state.options["ga_sketch_passes"] % 1 else WITHOUT_EFFECT  # a look is at whole batches
     defaults = {"lora": {}, "options": {option.name: option.default for option in fields(LoRAGAArguments)}}
     for group in ("lora", "options"):
         ours, theirs = getattr(state, group), defaults[group] | getattr(saved, group)
         for name in theirs:
-            if name not in WITHOUT_EFFECT and ours.get(name) != theirs[name]:
+            if name not in without_effect and ours.get(name) != theirs[name]:
                 raise ValueError(
                     f"`{name}` is {ours.get(name)!r}, but the checkpoint {directory} was made with {theirs[name]!r}. "
                     "Resume with the settings of the checkpoint, or start a new run in another `output_dir`."

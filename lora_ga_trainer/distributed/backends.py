@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DummyOptim
+from accelerate.scheduler import AcceleratedScheduler
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -255,20 +255,48 @@ def may_freeze_while_probing(model: nn.Module) -> bool:
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-def optimizer_learning_rates(optimizer: Optimizer) -> dict[Tensor, float] | None:
-    """The peak rate at which `optimizer` trains each parameter that it holds.
+def optimizer_learning_rates(optimizer: Optimizer, scheduler: Any) -> dict[Tensor, float]:
+    """The peak rate at which each parameter of the model trains, of the two as accelerate prepared them.
 
-    To be asked before accelerate prepares the optimizer: ZeRO and FSDP2 put other parameters into it. Where DeepSpeed's
-    configuration makes the optimizer there is none yet, and the answer is None.
+    A schedule keeps the rate that it starts from in "initial_lr", and one that climbs further its peak in "max_lr" (OneCycleLR)
+    or in its own `max_lrs` (CyclicLR, DeepSpeed's). What a function of one's own makes of the rate (LambdaLR) is not known.
     """
-    if isinstance(optimizer, DummyOptim):
-        return None
-    # a schedule keeps the rate that it starts from in "initial_lr", and one that climbs further its peak in "max_lr"
-    return {
-        parameter: max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    optimizer, scheduler = unwrapped(optimizer), unwrapped(scheduler)
+    peaks = vars(scheduler).get("max_lrs", [])
+    rates: dict[Tensor, float] = {}
+    for index, (group, parameters) in enumerate(zip(optimizer.param_groups, trained_groups(optimizer), strict=True)):
+        # Adafactor without a rate has None
+        known = [group.get(key) or 0.0 for key in ("lr", "initial_lr", "max_lr")] + peaks[index : index + 1]
+        rates |= dict.fromkeys(parameters, max(map(float, known)))
+    return rates
+
+
+def unwrapped(prepared: Any) -> Any:
+    """The optimizer or the schedule inside of accelerate's wrappers."""
+    while isinstance(prepared, AcceleratedOptimizer):  # so is DeepSpeed's wrapper
+        prepared = prepared.optimizer
+    while isinstance(prepared, AcceleratedScheduler):
+        prepared = prepared.scheduler
+    return prepared
+
+
+def trained_groups(optimizer: Optimizer) -> list[list[Tensor]]:
+    """The model's own parameters in each group of an unwrapped optimizer; DeepSpeed's groups hold flat copies of them."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+            for index, part in enumerate(optimizer.fp16_groups):
+                groups[optimizer.sub_group_to_group_id[index]] += part
+            return groups
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            return optimizer.bit16_groups
+        if isinstance(optimizer, BF16_Optimizer):  # of ZeRO-0 and of ZeRO-1 with sums in float32
+            return optimizer.bf16_groups
+    return [group["params"] for group in optimizer.param_groups]
 
 
 def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> None:
@@ -277,9 +305,7 @@ def forget_optimizer_state(optimizer: Optimizer, parameters: list[Tensor]) -> No
     ZeRO keeps one flat fp32 copy and one state for many parameters, so all states are dropped and all copies refreshed;
     `check_restart` ensures that nothing else trains.
     """
-    inner: Any = optimizer  # accelerate's and DeepSpeed's wrappers have their own attributes
-    while isinstance(inner, AcceleratedOptimizer):  # so is DeepSpeed's wrapper
-        inner = inner.optimizer
+    inner = unwrapped(optimizer)  # accelerate's and DeepSpeed's wrappers have their own attributes
     if is_zero_optimizer(inner):
         inner.refresh_fp32_params()
         inner.optimizer.state.clear()

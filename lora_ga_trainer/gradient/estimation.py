@@ -2,8 +2,11 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapter.adapter import LoRAGAAdapter
@@ -120,13 +123,16 @@ def estimate_gradients(
             summing = {
                 name: acc for name, acc in accumulators.items() if (acc.passes >= number if number else acc.passes % 1)
             }
-            with gradient_probe(adapter, {name: acc.add for name, acc in summing.items()}) as backward:
+            # all are tapped in every pass, so that what the loss depends on is the same in all of them
+            receivers = {name: acc.add if name in summing else _ignore for name, acc in accumulators.items()}
+            with gradient_probe(adapter, receivers) as backward:
                 for loss, examples in objective.losses(share):
                     backward(loss)
                     progress.update(examples)
             bytes_of_passes.append(_finish_sums(summing, objective.scale))
-            if number:  # a look may miss what all of the sample reaches
-                _check_gradients(summing)
+            _check_finite(summing)
+            if number == 1:  # a look may miss what all of the sample reaches, and later passes see fewer weights
+                _check_reached(summing)
             with failing_together():
                 for accumulator in summing.values():
                     accumulator.end_pass()
@@ -154,22 +160,31 @@ def whole_list(names: list[str]) -> str:
     return f"{', '.join(names[:3])} and {len(names) - 3} more, all of which are in the log"
 
 
-def _check_gradients(accumulators: dict[str, Accumulator]) -> None:
-    """Refuse what training could not start from. Single weights without a gradient start as in LoRA, see `factors`."""
+def _ignore(*_: Any) -> None:
+    """The receiver of a weight whose gradient is known already."""
+
+
+def _without(condition: Callable[[Tensor], Tensor], accumulators: dict[str, Accumulator]) -> list[str]:
+    """The accumulators of which some sum does not meet the `condition`."""
     # all layers' answers wait for the accelerator once; a model may be split over several
-    answers = [
-        torch.stack([torch.stack([total.any(), total.isfinite().all()]) for total in acc.sums()]).all(dim=0)
-        for acc in accumulators.values()
-    ]
-    found = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
-    infinite = [name for name, (_, is_finite) in zip(accumulators, found, strict=True) if not is_finite]
+    answers = [torch.stack([condition(total) for total in acc.sums()]).all() for acc in accumulators.values()]
+    met = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+    return [name for name, is_met in zip(accumulators, met, strict=True) if not is_met]
+
+
+def _check_finite(accumulators: dict[str, Accumulator]) -> None:
+    infinite = _without(lambda total: total.isfinite().all(), accumulators)
     if infinite:
         raise ValueError(
             f"{len(infinite)} of {len(accumulators)} target layers get a gradient with NaN or Inf: {whole_list(infinite)}. "
             "LoRA-GA cannot initialize them: leave them out with `LoraConfig(exclude_modules=...)`, load the model in a wider "
             "dtype (bf16 or fp32 instead of fp16), or estimate on other samples (`ga_seed`)."
         )
-    idle = [name for name, (is_reached, _) in zip(accumulators, found, strict=True) if not is_reached]
+
+
+def _check_reached(accumulators: dict[str, Accumulator]) -> None:
+    """Single weights without a gradient start as in LoRA, see `factors`; too many of them are a mistake."""
+    idle = _without(Tensor.any, accumulators)
     if len(accumulators) - len(idle) < SMALLEST_SHARE * len(accumulators):
         raise ValueError(
             f"{len(idle)} of {len(accumulators)} target layers get no gradient (it is exactly zero): {whole_list(idle)}. "

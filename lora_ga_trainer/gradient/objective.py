@@ -70,16 +70,20 @@ class Objective:
         first `share` of the sample.
 
         Raises:
-            ValueError: a loss does not depend on the model; or on all processes, at the end, one is not finite.
+            ValueError: on all processes, at the end, if a loss of one does not depend on any target or is not finite.
         """
         device, losses = batch_device(self.model), []
+        unreached: list[int] = []
         for index, (batch, weight) in enumerate(self.first(share)):
             # `dict`: what a processor returns would move itself, and with all batches kept, all would stay there
             loss = self.compute_loss(self.model, send_to_device(dict(batch), device), self.num_items)
-            _check_reached(loss, index)
             losses.append(loss.detach().reshape(()))
-            yield loss * (weight * self.scale), count_examples(batch) if weight else 0
+            if loss.requires_grad:
+                yield loss * (weight * self.scale), count_examples(batch) if weight else 0
+            else:
+                unreached.append(index)
         with failing_together():  # not sooner: the forward and the loss may communicate
+            _check_depends(unreached)
             _check_losses(losses)
 
 
@@ -188,10 +192,10 @@ def even_batches(batches: list[Batch]) -> list[tuple[Batch, float]]:
     return weighted + [(idle_batches[0], 0.0)] * (max(counts) - len(batches))
 
 
-def _check_reached(loss: Tensor, index: int) -> None:
-    if not loss.requires_grad:
+def _check_depends(unreached: list[int]) -> None:
+    if unreached:
         raise ValueError(
-            f"The loss of batch {index} for LoRA-GA does not depend on any target layer. Check `target_modules` "
+            f"The loss of batch {unreached[0]} for LoRA-GA does not depend on any target layer. Check `target_modules` "
             "against the layers that the forward pass really runs."
         )
 

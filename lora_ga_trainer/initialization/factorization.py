@@ -33,7 +33,7 @@ def write_all_factors(
     """
     owners = owners_by_cost({name: sum(total.numel() for total in acc.sums()) for name, acc in accumulators.items()})
     mine = {name for name, owner in owners.items() if owner == rank()}
-    weights_s = weight_spectra(adapter, mine, config) if config.ga_scale == "weight_svd" else {}
+    weights_s = weight_spectra(adapter, mine, config) if config.scale == "weight_svd" else {}
     found: dict[str, FoundFactors] = {}
     with failing_together():
         for name, weight in adapter.weights.items():
@@ -124,7 +124,7 @@ def factor_gradient(
     `learning_rates`, those of A and B, are for `matched` only; `weight_s`, the leading singular values of W, for `weight_svd`.
     """
     scales = scale_factors(
-        config.ga_scale,  # type: ignore[arg-type]  # LoRAGAArguments has checked that it is one of them
+        config.scale,
         out_features=weight.out_features,
         in_features=weight.in_features,
         rank=weight.rank,
@@ -140,7 +140,7 @@ def factor_gradient(
         lora_ga_factors(
             matrix.triplets(2 * weight.rank),
             weight.rank,
-            config.ga_direction,  # type: ignore[arg-type]  # as above
+            config.ga_direction,  # type: ignore[arg-type]  # LoRAGAArguments has checked it
             scales,
             generator,
             matrix.rounding,

@@ -111,9 +111,14 @@ def start_from_gradient(
     config: LoRAGAArguments,
     compute_loss: ComputeLoss | None = None,
     disable_tqdm: bool = False,
+    learning_rates: dict[str, LearningRates] | None = None,
 ) -> InitReport:
-    """`initialize_lora_ga` of an adapter that is attached."""
-    adapter.state.report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm)
+    """`initialize_lora_ga` of an adapter that is attached.
+
+    Args:
+        learning_rates: the peak rates of each weight's A and B, by name, where an optimizer says them.
+    """
+    adapter.state.report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm, learning_rates)
     return adapter.state.report
 
 
@@ -124,6 +129,7 @@ def restart_from_gradient(
     optimizer: Optimizer,
     compute_loss: ComputeLoss | None = None,
     disable_tqdm: bool = False,
+    learning_rates: dict[str, LearningRates] | None = None,
 ) -> InitReport:
     """`restart_lora_ga` of an adapter that has been initialized."""
     if not (config.ga_offset and adapter.state.options["ga_offset"]):
@@ -136,7 +142,7 @@ def restart_from_gradient(
             f"The adapter {adapter.name!r} has not been initialized by LoRA-GA yet, so there is nothing to restart. Call "
             "`initialize_lora_ga(...)` first."
         )
-    report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm)
+    report = _estimate_and_write(adapter, batches, config, compute_loss, disable_tqdm, learning_rates)
     forget_optimizer_state(optimizer, [half.trainable for half in adapter.halves.values()])
     adapter.state.restarts.append(report)
     return report
@@ -148,10 +154,11 @@ def _estimate_and_write(
     config: LoRAGAArguments,
     compute_loss: ComputeLoss | None,
     disable_tqdm: bool,
+    learning_rates: dict[str, LearningRates] | None,
 ) -> InitReport:
     """Sample -> gradient -> factors -> written. At a restart what was trained goes to the history first."""
     _tell_of_memory(adapter, config)
-    learning_rates = peak_learning_rates(adapter, config) if config.ga_scale == "matched" else {}
+    rates = rates_to_match(adapter, config, learning_rates) if config.scale == "matched" else {}
     with preserved_rng():  # a shuffling DataLoader draws its order
         batches = list(batches)
     objective = Objective(adapter.model, batches, compute_loss)
@@ -160,7 +167,7 @@ def _estimate_and_write(
     with peak_memory(batch_device(adapter.model)) as peak:
         accumulators = {name: make_accumulator(weight, config) for name, weight in adapter.weights.items()}
         all_reduced_bytes = estimate_gradients(adapter, accumulators, objective, disable_tqdm)
-        found = write_all_factors(adapter, accumulators, config, learning_rates)
+        found = write_all_factors(adapter, accumulators, config, rates)
 
     reached = {name: layer for name, layer in found.items() if layer.singular_values}
     report = InitReport(
@@ -173,6 +180,7 @@ def _estimate_and_write(
         gradient_norm={name: layer.gradient_norm for name, layer in reached.items()},
         scale={name: layer.scale for name, layer in found.items()},
         idle=[name for name in found if name not in reached],
+        thin=[name for name, layer in found.items() if layer.experts.total == 1 and layer.experts.thin],
         experts={name: layer.experts for name, layer in found.items() if layer.experts.total > 1},
     )
     if rank() == 0:
@@ -182,13 +190,14 @@ def _estimate_and_write(
     return report
 
 
-def peak_learning_rates(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> dict[str, LearningRates]:
-    """Those of every weight's A and B, by name: of the optimizer where there is a trainer, else what `config` says.
+def rates_to_match(
+    adapter: LoRAGAAdapter, config: LoRAGAArguments, found: dict[str, LearningRates] | None
+) -> dict[str, LearningRates]:
+    """The peak rates of every weight's A and B, by name: what `config` says, else what was `found` in an optimizer.
 
     Raises:
         ValueError: nothing says it, or an optimizer does not train A and B of some weight.
     """
-    found = adapter.learning_rates
     if found is None or config.ga_learning_rate is not None:
         rate = config.peak_learning_rate
         if rate is None:
@@ -201,7 +210,8 @@ def peak_learning_rates(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> dict
         if (max(rates) if config.ga_offset else rates.B) <= 0:
             raise ValueError(
                 f"The optimizer trains the adapter of {name} at the learning rates {rates.A} (A) and {rates.B} (B), to which "
-                "no factor can be matched. Raise `learning_rate`, or choose another `ga_scale`."
+                "no factor can be matched. Set `ga_learning_rate` to the peak learning rate if the optimizer does not know it, "
+                "raise `learning_rate` if it is 0, or choose another `ga_scale`."
             )
     return found
 

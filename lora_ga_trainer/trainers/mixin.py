@@ -215,16 +215,34 @@ class LoRAGAMixin(Base):
     def initialize_adapter(self) -> None:
         """Sample, estimate, factor, write; see `initialize_lora_ga`."""
         with self.estimating(seed=self.args.ga_seed) as (batches, disable_tqdm):
-            start_from_gradient(self.model.lora_ga, batches, self.args, self.estimation_loss, disable_tqdm)
+            start_from_gradient(
+                self.model.lora_ga, batches, self.args, self.estimation_loss, disable_tqdm, self.learning_rates()
+            )
 
     def restart_adapter(self) -> None:
         """The same at the current function, from other examples, on top of what was trained so far; see `restart_lora_ga`."""
         seed = self.args.ga_seed + 1 + len(self.model.lora_ga.state.restarts)
         with self.estimating(seed) as (batches, disable_tqdm):
+            if self.unlogged:  # those of the start, which no entry has yet
+                self.log({})
             report = restart_from_gradient(
-                self.model.lora_ga, batches, self.args, self.optimizer, self.estimation_loss, disable_tqdm
+                self.model.lora_ga,
+                batches,
+                self.args,
+                self.optimizer,
+                self.estimation_loss,
+                disable_tqdm,
+                self.learning_rates(),
             )
         self.unlogged = report.metrics()
+
+    def learning_rates(self) -> dict[str, LearningRates]:
+        """The peak rates at which each weight's A and B train, by name; 0 of a matrix that the optimizer does not hold."""
+        rates = optimizer_learning_rates(self.optimizer, self.lr_scheduler)
+        return {
+            name: LearningRates(*(rates.get(matrix, 0.0) for matrix in weight.trained))
+            for name, weight in self.model.lora_ga.weights.items()
+        }
 
     @contextmanager
     def estimating(self, seed: int) -> Iterator[tuple[Iterator[dict[str, Tensor]], bool]]:
@@ -281,16 +299,6 @@ class LoRAGAMixin(Base):
             yield
         finally:
             self.args.average_tokens_across_devices, self.current_gradient_accumulation_steps = averages, steps
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        optimizer = super().create_optimizer(model)
-        rates = optimizer_learning_rates(optimizer)
-        if rates is not None:
-            self.model.lora_ga.learning_rates = {
-                name: LearningRates(*(rates.get(matrix, 0.0) for matrix in weight.trained))  # 0 if it holds none
-                for name, weight in self.model.lora_ga.weights.items()
-            }
-        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         is_new = self.lr_scheduler is None
