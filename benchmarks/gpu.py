@@ -116,8 +116,9 @@ TENTH = Sizes(
 METHODS = [
     {"method": "lora"},
     {"method": "rslora"},
-    {"method": "lora_ga", "ga_gamma": 16},
-    {"method": "lora_ga", "ga_gamma": 1600},
+    {"method": "lora_ga"},
+    {"method": "lora_ga", "ga_scale": "stable", "ga_gamma": 16},
+    {"method": "lora_ga", "ga_scale": "stable", "ga_gamma": 1600},
 ]
 
 
