@@ -6,16 +6,10 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .arguments import (
-        LoRAGAArguments,
-        LoRAGADPOConfig,
-        LoRAGARewardConfig,
-        LoRAGASeq2SeqConfig,
-        LoRAGASFTConfig,
-        LoRAGATrainingArguments,
-    )
+    from .arguments import LoRAGAArguments, LoRAGASeq2SeqConfig, LoRAGATrainingArguments
     from .initialization.initialize import initialize_lora_ga, restart_lora_ga
     from .report import InitReport
+    from .trainers.configs import LoRAGADPOConfig, LoRAGARewardConfig, LoRAGASFTConfig
     from .trainers.dpo import LoRAGADPOTrainer
     from .trainers.mixin import LoRAGAMixin
     from .trainers.reward import LoRAGARewardTrainer
@@ -43,12 +37,12 @@ __all__ = [
 _HOMES = {
     "InitReport": "report",
     "LoRAGAArguments": "arguments",
-    "LoRAGADPOConfig": "arguments",
+    "LoRAGADPOConfig": "trainers.configs",
     "LoRAGADPOTrainer": "trainers.dpo",
     "LoRAGAMixin": "trainers.mixin",
-    "LoRAGARewardConfig": "arguments",
+    "LoRAGARewardConfig": "trainers.configs",
     "LoRAGARewardTrainer": "trainers.reward",
-    "LoRAGASFTConfig": "arguments",
+    "LoRAGASFTConfig": "trainers.configs",
     "LoRAGASFTTrainer": "trainers.sft",
     "LoRAGASeq2SeqConfig": "arguments",
     "LoRAGASeq2SeqTrainer": "trainers.seq2seq",
@@ -56,7 +50,8 @@ _HOMES = {
     "initialize_lora_ga": "initialization.initialize",
     "restart_lora_ga": "initialization.initialize",
 }
-"""Where each public name is defined. They are imported on first use, so that `lora-ga --help` need not wait for torch."""
+"""Where each public name is defined. They are imported on first use: `lora-ga --help` need not wait for torch, and only the
+trainers that extend TRL's need TRL."""
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .factors import Direction, Scale
 
@@ -217,38 +216,11 @@ class LoRAGAArguments:
 
 
 @dataclass
-class LoRAGASFTConfig(LoRAGAArguments, SFTConfig):
-    """TRL's `SFTConfig` and the `ga_*` fields of `LoRAGAArguments`; all of them work in YAML and on the command line.
-
-    Raises:
-        ValueError: a `ga_*` value is out of its range, or whatever `SFTConfig` raises.
-    """
-
-
-@dataclass
 class LoRAGASeq2SeqConfig(LoRAGAArguments, Seq2SeqTrainingArguments):
     """transformers' `Seq2SeqTrainingArguments` and the `ga_*` fields of `LoRAGAArguments`.
 
     Raises:
         ValueError: a `ga_*` value is out of its range, or whatever `Seq2SeqTrainingArguments` raises.
-    """
-
-
-@dataclass
-class LoRAGARewardConfig(LoRAGAArguments, RewardConfig):
-    """TRL's `RewardConfig` and the `ga_*` fields of `LoRAGAArguments`.
-
-    Raises:
-        ValueError: a `ga_*` value is out of its range, or whatever `RewardConfig` raises.
-    """
-
-
-@dataclass
-class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
-    """TRL's `DPOConfig` and the `ga_*` fields of `LoRAGAArguments`.
-
-    Raises:
-        ValueError: a `ga_*` value is out of its range, or whatever `DPOConfig` raises.
     """
 
 

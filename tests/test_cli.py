@@ -18,7 +18,8 @@ from tiny import sft_arguments, tiny_batches, tiny_model, word_problems, word_to
 from transformers import AutoModelForCausalLM
 
 import lora_ga_trainer
-from lora_ga_trainer.arguments import LoRAGAArguments, LoRAGASFTConfig
+from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig
+from lora_ga_trainer.cli import sft as cli_sft
 from lora_ga_trainer.cli.__main__ import COMMANDS, main
 from lora_ga_trainer.cli.parsing import options_parser, resume_choice
 from lora_ga_trainer.cli.sft import HELP, AdapterConfig, DataArguments
@@ -255,7 +256,7 @@ def test_it_runs_under_the_launcher(model, data, tmp_path):
     [
         (["--learning_rat", "1"], "There is no option '--learning_rat'. Did you mean --learning_rate?"),
         (["--use_peft", "false"], "`use_peft` is False, but LoRA-GA initializes LoRA"),
-        (["--dataset_name", "a/b"], "`dataset_name` is 'a/b' and `dataset_path` is .*exactly one of them must be set"),
+        (["--dataset_name", "a/b"], "`dataset_name` is 'a/b', `dataset_path` is .*exactly one of them must be set"),
         (["--dataset_streaming", "true"], "`dataset_streaming` is for data sets on the hub"),
         (["--eval_strategy", "steps"], "`eval_strategy` is 'steps', but there is nothing to evaluate on"),
         (["--config", "nowhere.yaml"], "`config` is 'nowhere.yaml', but there is no such file"),
@@ -318,6 +319,46 @@ def test_a_file_that_holds_no_options(tmp_path, text, message):
 def test_neither_model_nor_data(data, tmp_path):
     assert "exactly one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
     assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
+
+
+def mixture(tmp_path, **more) -> list[str]:
+    """Two files, of which a quarter and three quarters, without a column that only one has."""
+    rows = word_problems()
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.add_column("source", ["b"] * len(rows)).to_json(tmp_path / "b.jsonl")
+    parts = [
+        {"path": "json", "data_files": str(tmp_path / f"{name}.jsonl"), "split": "train", "fraction": fraction}
+        | {"columns": ["prompt", "completion"]}
+        for name, fraction in (("a", 0.25), ("b", 0.75))
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps({"datasets": parts} | more))
+    return ["--config", str(tmp_path / "mixture.yaml")]
+
+
+def test_a_mixture_of_data_sets_as_in_trl(model, tmp_path, monkeypatch):
+    """What is held out is the same again, so that a resumed run trains on the same rows."""
+    seen = []
+    monkeypatch.setattr(cli_sft, "train", lambda *args: seen.append(cli_sft.load_data(*args[:2])))
+    words = mixture(tmp_path, test_split_size=4, eval_strategy="steps", model_name_or_path=model)
+    for _ in range(2):
+        main(["sft", *words, *options(tmp_path / "out")])
+    (train, held_out), again = seen
+    total = round(len(word_problems()) / 0.75)  # all rows of the second file
+    assert (len(train), len(held_out)) == (total - 4, 4) and train.column_names == ["prompt", "completion"]
+    assert [part.to_list() for part in again] == [train.to_list(), held_out.to_list()]
+
+
+def test_training_on_a_mixture(model, data, tmp_path):
+    words = [*mixture(tmp_path, model_name_or_path=model), *options(tmp_path / "out", max_steps=1)]
+    main(["sft", *words])
+    assert Path(tmp_path, "out/adapter_model.safetensors").is_file()
+    assert "`datasets` names 2, but exactly one of them must be set" in error_of(
+        ["sft", *words, "--dataset_path", data]
+    )
+    said = error_of(["sft", *words, "--eval_strategy", "steps"])
+    assert "The mixture `datasets` has no split 'test', only train. Set `test_split_size`" in said
+    Path(tmp_path, "b.jsonl").unlink()
+    assert "The mixture `datasets` (json, json) cannot be loaded (Unable to find" in error_of(["sft", *words])
 
 
 def test_a_folder_as_a_data_set_and_its_splits(model, tmp_path):

@@ -270,9 +270,19 @@ def test_a_wrong_command_is_noticed(command, tmp_path):
 
 def test_every_block_says_what_it_is():
     """`text` is for what cannot be executed here; nothing is skipped for want of a language."""
-    others = [f"{name_of(b.page)}:{b.line}" for b in BLOCKS if b.language not in ("python", "bash", "text")]
+    others = [f"{name_of(b.page)}:{b.line}" for b in BLOCKS if b.language not in ("python", "bash", "yaml", "text")]
     assert not others
-    assert {b.language for b in BLOCKS} == {"python", "bash", "text"}
+    assert {b.language for b in BLOCKS} == {"python", "bash", "yaml", "text"}
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda b: f"{name_of(b.page)}:{b.line}"
+)
+def test_yaml_is_what_lora_ga_sft_takes(block, tmp_path):
+    (tmp_path / "run.yaml").write_text(block.code)
+    words = ["--config", str(tmp_path / "run.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    data, _, model = parse_options((sft.DataArguments, LoRAGASFTConfig, sft.AdapterConfig), words, "lora-ga sft")
+    assert len(data.datasets) == 2 and model.model_name_or_path
 
 
 # --- links and files ----------------------------------------------------------------------------------------------------

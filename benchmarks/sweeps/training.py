@@ -14,7 +14,9 @@ from finetuning.run import check_evaluation, parse
 from measuring.hardware import finish
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
+from sweeps.optimizers import with_optimizers
 from sweeps.peft_lora_ga import with_pefts_lora_ga
+from sweeps.ranks import with_ranks
 
 
 class Stopwatch(TrainerCallback):
@@ -39,7 +41,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     options = [(name, value) for name, value in settings.items() if name not in ("recipe", "threads")]
     argv = [text for name, value in options for text in (f"--{name}", str(value))]
     torch.set_num_threads(settings["threads"])
-    with with_pefts_lora_ga():
+    with with_pefts_lora_ga(), with_optimizers(), with_ranks():
         return train_and_evaluate(recipe, parse(recipe, argv))
 
 

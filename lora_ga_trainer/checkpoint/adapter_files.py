@@ -149,7 +149,7 @@ def save_pretrained(
 
     Raises:
         ValueError: the adapter has not been initialized yet, so there is nothing to save; or
-            `path_initial_model_for_weight_conversion` is given.
+            `path_initial_model_for_weight_conversion` is given; or `state_dict` lacks a part of the adapter.
     """
     if path_initial_model_for_weight_conversion is not None:
         raise ValueError(
@@ -176,6 +176,13 @@ def save_pretrained(
     in_memory = adapter_state_dict(peft_model, keep=is_main_process) if state_dict is None else state_dict
     if not is_main_process:
         return
+    for weight in adapter.weights.values():
+        if f"{weight.path}.lora_A.{adapter.name}.frozen" not in in_memory:
+            raise ValueError(
+                f"The `state_dict` to be saved lacks A0 of {weight.name}, as that of a plain `Trainer` does under ZeRO-3 and "
+                "FSDP2, where it leaves out what is frozen. Train with one of the LoRA-GA trainers, or with "
+                "`class MyTrainer(LoRAGAMixin, Trainer)`, which save all of the adapter."
+            )
     in_memory = in_memory | histories(adapter)
     layout = layout_of(adapter)
     joined = layout.join(in_memory)

@@ -1,6 +1,7 @@
 """`lora_ga.json`: the settings and the results of a LoRA-GA run, next to its adapter's files."""
 
 import json
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import peft
 import torch
 import transformers
-import trl
 
 from .._version import __version__
 from ..adapter.state import LoRAGAState
@@ -23,7 +23,8 @@ WITHOUT_EFFECT = ("ga_batch_size",)
 
 def write_state(directory: Path, state: LoRAGAState) -> None:
     """Write `lora_ga.json` next to the adapter's files."""
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
+    modules = [torch, transformers, peft, *filter(None, [sys.modules.get("trl")])]  # where it trains
+    versions = {module.__name__: module.__version__ for module in modules}
     document = asdict(state) | {"versions": {"lora_ga_trainer": __version__} | versions}
     (directory / STATE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

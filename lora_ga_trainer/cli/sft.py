@@ -1,4 +1,4 @@
-"""lora-ga sft --model_name_or_path MODEL --dataset_name NAME | --dataset_path FILE [options]
+"""lora-ga sft --model_name_or_path MODEL --dataset_name NAME | --dataset_path FILE | --config MIXTURE.yaml [options]
 
 On several processes: accelerate launch --config_file accelerate_configs/zero3.yaml -m lora_ga_trainer.cli.sft ...
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from .parsing import errors_as_messages, options_parser, parse_options, resume_choice
 
 if TYPE_CHECKING:
-    from ..arguments import LoRAGASFTConfig
+    from ..trainers.configs import LoRAGASFTConfig
 
 HELP = """\
 usage: {prog} --model_name_or_path MODEL (--dataset_name NAME | --dataset_path FILE)
@@ -27,6 +27,7 @@ precedence. The most common ones, some with an example value:
   model      --model_name_or_path  --dtype bfloat16  --attn_implementation  --load_in_4bit
   data       --dataset_name  --dataset_config  --dataset_train_split  --dataset_test_split
              --dataset_path FILE  --eval_dataset_path FILE     .jsonl, .json, .parquet or .csv
+             datasets: in the YAML     a mixture, as in TRL; --streaming  --test_split_size 0.1
              --max_length 1024  --packing  --completion_only_loss  --assistant_only_loss
   adapter    --lora_r 8  --lora_alpha 16  --use_rslora true  --lora_dropout 0
              --lora_target_modules all-linear
@@ -52,8 +53,12 @@ ModelConfig and ScriptArguments, except the adapter's, which are the LoRA-GA pap
 
 
 @dataclass
-class DataArguments(ScriptArguments):
-    """TRL's `ScriptArguments`, plus local files."""
+class DataArguments(DatasetMixtureConfig, ScriptArguments):
+    """TRL's `ScriptArguments` and mixtures, plus local files.
+
+    Raises:
+        ValueError: the data come from several places, or from none; or a local file is to be streamed.
+    """
 
     dataset_path: str | None = field(
         default=None, metadata={"help": "Local .jsonl, .json, .parquet or .csv file to train on."}
@@ -63,10 +68,12 @@ class DataArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        if (self.dataset_name is None) == (self.dataset_path is None):
+        super().__post_init__()  # that of the mixture
+        if [self.dataset_name is None, self.dataset_path is None, not self.datasets].count(False) != 1:
             raise ValueError(
-                f"`dataset_name` is {self.dataset_name!r} and `dataset_path` is {self.dataset_path!r}, but exactly one of "
-                "them must be set: a data set on the hub, or a local file."
+                f"`dataset_name` is {self.dataset_name!r}, `dataset_path` is {self.dataset_path!r} and `datasets` names "
+                f"{len(self.datasets)}, but exactly one of them must be set: a data set on the hub, a local file, or a "
+                "mixture in the YAML file."
             )
         if self.dataset_path is not None and self.dataset_streaming:
             raise ValueError("`dataset_streaming` is for data sets on the hub. Leave it out with `dataset_path`.")
@@ -102,7 +109,7 @@ def main(argv: list[str] | None = None, prog: str = "lora-ga sft") -> None:
     if {"-h", "--help"} & set(argv):
         print(HELP.format(prog=prog))
         return
-    from ..arguments import LoRAGASFTConfig
+    from ..trainers.configs import LoRAGASFTConfig
 
     types = (DataArguments, LoRAGASFTConfig, AdapterConfig)
     if {"--help_all", "--help-all"} & set(argv):
@@ -164,7 +171,7 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
     """
     from transformers.trainer_utils import IntervalStrategy
 
-    from .sources import load_named, local_items
+    from .sources import load_mixture, load_named, local_items
 
     strategy = IntervalStrategy(training_args.eval_strategy)
     evaluates = strategy != IntervalStrategy.NO
@@ -178,20 +185,26 @@ def load_data(data_args: DataArguments, training_args: "LoRAGASFTConfig") -> tup
         train_name, eval_name = data_args.dataset_path, data_args.eval_dataset_path if evaluates else None
         parts = {path: local_items(path, ()) for path in (train_name, eval_name) if path is not None}
     else:
-        assert data_args.dataset_name is not None  # one of the two is set
-        parts = load_named(
-            data_args.dataset_name,
-            "Check the name and the connection, or pass a local file as `dataset_path`.",
-            name=data_args.dataset_config,
-            streaming=data_args.dataset_streaming,
+        parts = (
+            load_mixture(data_args, training_args.seed)
+            if data_args.datasets
+            else load_named(
+                data_args.dataset_name,  # type: ignore[arg-type]  # one of the three is set
+                "Check the name and the connection, or pass a local file as `dataset_path`.",
+                name=data_args.dataset_config,
+                streaming=data_args.dataset_streaming,
+            )
         )
         train_name, eval_name = data_args.dataset_train_split, data_args.dataset_test_split if evaluates else None
     for name in filter(None, (train_name, eval_name)):
         if name not in parts:
-            raise ValueError(
-                f"{data_args.dataset_name} has no split {name!r}, only {', '.join(parts)}. Set `dataset_train_split` and, to "
-                "evaluate, `dataset_test_split`."
+            remedy = (
+                "Set `test_split_size` to hold a part of it out."
+                if data_args.datasets
+                else "Set `dataset_train_split` and, to evaluate, `dataset_test_split`."
             )
+            source = "The mixture `datasets`" if data_args.datasets else data_args.dataset_name
+            raise ValueError(f"{source} has no split {name!r}, only {', '.join(parts)}. {remedy}")
     return parts[train_name], parts[eval_name] if eval_name is not None else None
 
 

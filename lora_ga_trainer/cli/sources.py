@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from transformers import set_seed
+from trl import DatasetMixtureConfig, get_dataset
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -86,6 +88,24 @@ def load_named(dataset_name: str, remedy: str, **options: Any) -> Any:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         where = "" if Path(dataset_name).is_dir() else " from the hub"
         raise ValueError(f"The data set {dataset_name} cannot be loaded{where} ({reason}). {remedy}") from error
+
+
+def load_mixture(mixture: DatasetMixtureConfig, seed: int) -> Any:
+    """The data sets of TRL's `datasets`, one after the other, by split.
+
+    Raises:
+        ValueError: one cannot be loaded, or they have different columns.
+    """
+    set_seed(seed)  # TRL holds a random part out, which must be the same on all processes and on resuming
+    try:
+        return get_dataset(mixture)
+    except (OSError, DatasetGenerationError, ValueError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        names = ", ".join(dataset.path for dataset in mixture.datasets)
+        raise ValueError(
+            f"The mixture `datasets` ({names}) cannot be loaded ({reason}). Each needs what `datasets.load_dataset` takes, "
+            "such as `path: json` with `data_files: FILE` and `split: train`; `columns` selects those that all have."
+        ) from error
 
 
 def check_columns(items: Dataset, columns: tuple[str, ...], source: str) -> None:

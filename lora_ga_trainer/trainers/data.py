@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sized
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset, Value
-from trl import SFTConfig
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 CONVERSATIONS = ("messages", "conversations")
 TURNS = ("prompt", "completion", "chosen", "rejected")
@@ -45,7 +47,7 @@ def check_not_empty(dataset: Any, problem: str, role: str = "training") -> None:
         raise ValueError(f"The {role} set {problem}, so there is nothing {ROLES[role]} on. Pass at least one example.")
 
 
-def check_examples(dataset: Any, args: SFTConfig, role: str) -> None:
+def check_examples(dataset: Any, args: "SFTConfig", role: str) -> None:
     """Refuse a "training" or "evaluation" set that TRL's `SFTTrainer` would fail on: an empty stream, other columns, no text,
     malformed conversations.
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from ..arguments import LoRAGADPOConfig
+from .configs import LoRAGADPOConfig
 from .trl import LoRAGATRLMixin
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from ..arguments import LoRAGARewardConfig
+from .configs import LoRAGARewardConfig
 from .trl import LoRAGATRLMixin
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from ..arguments import LoRAGASFTConfig
 from ..compatibility import enable_selective_checkpointing
+from .configs import LoRAGASFTConfig
 from .data import check_examples
 from .trl import LoRAGATRLMixin
 
