@@ -63,6 +63,10 @@ class LoRAGAArguments:
         ga_offset (`bool`, *optional*, defaults to `True`):
             Whether B starts at B0 and s·B0 A0 is subtracted, as in the paper. `False`: B starts at zero, as in LoRA. Nothing is
             subtracted, training costs the same as LoRA's, and the saved adapter has rank r instead of 2·r.
+        ga_stage_rank (`int`, *optional*):
+            r of a new stage of training that starts from a trained adapter: that one is frozen, and a new pair of rank r starts
+            from the gradient at what the model computes with it, so that the saved rank grows by 2·r. Defaults to half of the
+            adapter's rank in each layer, with which the rank doubles.
         ga_restart_steps (`int`, *optional*):
             Every this many optimizer steps, freeze what was trained so far into the adapter and restart from the gradient
             at the current function (LoRA-GA inside ReLoRA, arXiv 2307.05695). The saved adapter's rank grows by 2·r each
@@ -127,6 +131,10 @@ class LoRAGAArguments:
             "help": "Whether B starts at B0, with s·B0 A0 subtracted, as in the paper; else at zero, as in LoRA."
         },
     )
+    ga_stage_rank: int | None = field(
+        default=None,
+        metadata={"help": "r of a stage that starts from a trained adapter, which is kept. Default: half of its rank."},
+    )
     ga_restart_steps: int | None = field(
         default=None,
         metadata={"help": "Restart from a fresh gradient every this many steps. Default: never."},
@@ -156,6 +164,9 @@ class LoRAGAArguments:
         remedy = "2 is the default, 1 the fastest, 1.25 a look at a quarter of the sample before one pass over all"
         self._check_number("ga_sketch_passes", minimum=1, remedy=remedy)
         self._check_integer("ga_sketch_size", minimum=2, optional=True, remedy="leave it out to use 2·r + 32")
+        self._check_integer(
+            "ga_stage_rank", minimum=1, optional=True, remedy="leave it out for half of the adapter's rank"
+        )
         self._check_integer(
             "ga_restart_steps", minimum=1, optional=True, remedy="leave it out to start from the gradient only once"
         )

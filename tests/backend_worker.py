@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from peft import peft_model as peft_model_module
 from peft.tuners.trainable_tokens import layer as token_layer
 from tiny import lora_config, seq2seq_problems, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
     TrainerCallback,
@@ -60,6 +62,8 @@ class Run:
     """Whether they come as an `IterableDataset`."""
     seq2seq: bool = False
     """Whether the model is a T5, trained by `LoRAGASeq2SeqTrainer`."""
+    adapter: str | None = None
+    """Folder of a trained adapter that this stage starts from."""
     ratio: float | None = None
     """B's learning rate to A's, as in LoRA+."""
     out_of_memory_in: str | None = None
@@ -296,13 +300,19 @@ DEATHS = {
 
 def sft_trainer(run: Run, options: dict) -> LoRAGASFTTrainer:
     examples = word_problems()
-    return LoRAGASFTTrainer(
-        model=run.model,
-        args=LoRAGASFTConfig(**{"model_init_kwargs": {"dtype": "float32"}} | options),
+    trainer_class = LoRAGASFTTrainer if run.ratio is None else type("Own", (TwoRates,), {"ratio": run.ratio})
+    args = LoRAGASFTConfig(**{"model_init_kwargs": None if run.adapter else {"dtype": "float32"}} | options)
+    model: str | PeftModel = run.model
+    if run.adapter:  # after the arguments: ZeRO-3 shards the base as it is loaded
+        base = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, run.adapter, is_trainable=True)
+    return trainer_class(
+        model=model,
+        args=args,
         train_dataset=examples.to_iterable_dataset() if run.streaming else examples,
         eval_dataset=word_problems().select(range(4)),
         processing_class=word_tokenizer(),
-        peft_config=lora_config(**run.lora),
+        peft_config=None if run.adapter else lora_config(**run.lora),
     )
 
 

@@ -286,9 +286,8 @@ def a12_a_peft_model_and_a_peft_config(world):
 
 
 def a13_an_adapter_that_was_trained(world):
-    world.trainer(
-        model=PeftModel.from_pretrained(world.model(), world.finished_run / "checkpoint-4", is_trainable=True)
-    )
+    model = PeftModel.from_pretrained(world.model(), world.finished_run / "checkpoint-4", is_trainable=True)
+    world.trainer(model=model, ga_offset=False)
 
 
 def a14_an_adapter_that_was_initialized(world):

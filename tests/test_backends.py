@@ -25,10 +25,10 @@ from launching import (
     launch_on_two_machines,
     torchrun,
 )
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_families import FAMILIES
-from tiny import peft_pair, tiny_batches, tiny_model, tiny_t5
+from tiny import lora_config, moved_at_random, peft_pair, tiny_batches, tiny_model, tiny_t5
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -125,10 +125,27 @@ def experts(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def references(base_model, t5, experts, tmp_path_factory) -> dict[str, dict]:
+def adapter(base_model, tmp_path_factory) -> str:
+    """The folder of a trained adapter of rank 4, that a stage of rank 2 starts from."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), lora_config())
+    folder = tmp_path_factory.mktemp("adapter")
+    moved_at_random(model)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def references(base_model, t5, experts, adapter, tmp_path_factory) -> dict[str, dict]:
     """The same runs in one process, with the same examples in a step."""
     found = {}
-    for run in [*make_runs(base_model), restarts(base_model), no_offset(base_model), seq2seq(t5), mixture(experts)]:
+    for run in [
+        *make_runs(base_model),
+        restarts(base_model),
+        no_offset(base_model),
+        stage(base_model, adapter),
+        seq2seq(t5),
+        mixture(experts),
+    ]:
         if run.options.get("gradient_accumulation_steps") == 2:
             run.options["per_device_train_batch_size"] = 2
         found[run.name] = execute(run, tmp_path_factory.mktemp("reference"))
@@ -150,6 +167,11 @@ def no_offset(model: str) -> Run:
     """A in two parts, whose sum is in the adapter's file, and B as PEFT made it."""
     options = {"ga_offset": False, "save_strategy": "steps", "save_steps": STEPS // 2}
     return Run("no_offset", model, options, {"r": 2})
+
+
+def stage(model: str, adapter: str) -> Run:
+    """On top of a trained adapter, which every process holds whole."""
+    return Run("stage", model, {"save_strategy": "steps", "save_steps": STEPS // 2}, adapter=adapter)
 
 
 def mixture(model: str) -> Run:
@@ -177,12 +199,12 @@ def backend(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def launched(backend, base_model, t5, experts, tmp_path_factory) -> dict[str, dict]:
+def launched(backend, base_model, t5, experts, adapter, tmp_path_factory) -> dict[str, dict]:
     """The runs under one backend, and those that `to_resume` names resumed at half-time by new processes."""
     out = tmp_path_factory.mktemp(backend)
     to_resume = [*make_runs(base_model)[:2], bf16(base_model), restarts(base_model)]
     if backend not in FEWER_RUNS:
-        to_resume.append(no_offset(base_model))
+        to_resume += [no_offset(base_model), stage(base_model, adapter)]
     if backend in SEQ2SEQ:
         to_resume.append(seq2seq(t5))
     if backend in MIXTURES:
@@ -236,7 +258,17 @@ def test_at_init_in_bf16_the_logits_are_the_base_models(launched, backend):
     assert abs(found["losses"][0] - found["losses"][-1]) > 0.01, "nothing was learned"
 
 
-@pytest.mark.parametrize("name", [*NAMES, "no_offset"])
+def test_a_stage_starts_where_its_adapter_is(launched, base_model, adapter):
+    """Whatever the backend; the same products, summed beside others: float32."""
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(base_model).eval()
+        logits = PeftModel.from_pretrained(base, adapter).eval()(INPUTS).logits
+    assert (launched["stage"]["init_logits"] - logits).abs().max() < LOGITS_TOLERANCE
+    layers = {name for name in launched["stage"]["adapter"] if name.endswith("history")}
+    assert len(layers) == 2 * 14
+
+
+@pytest.mark.parametrize("name", [*NAMES, "no_offset", "stage"])
 def test_the_factors_are_those_of_one_process(launched, references, name):
     found, reference = launched[name], references[name]
     assert factor_error(found["adapter"], reference["adapter"]) < FACTOR_TOLERANCE
@@ -261,14 +293,14 @@ def test_every_layer_is_factored_once(launched, name):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "accumulation", "restarts", "no_offset"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "accumulation", "restarts", "no_offset", "stage"])
 def test_the_loss_curve_is_that_of_one_process(launched, references, name):
     found, reference = launched[name]["losses"], references[name]["losses"]
     assert len(found) == STEPS and found == pytest.approx(reference, abs=LOSS_TOLERANCE)
     assert abs(found[0] - found[1]) > 10 * LOSS_TOLERANCE, "the curve is flat, so that it shows nothing"
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "bf16", "restarts", "no_offset"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "bf16", "restarts", "no_offset", "stage"])
 def test_resuming_is_the_uninterrupted_run(launched, name):
     is_the_uninterrupted_run(launched, name)
 
@@ -285,7 +317,16 @@ def is_the_uninterrupted_run(launched, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "checkpointing", "plain_resumed", "restarts", "restarts_resumed", "no_offset", "no_offset_resumed"],
+    [
+        "plain",
+        "checkpointing",
+        "plain_resumed",
+        "restarts",
+        "restarts_resumed",
+        "no_offset",
+        "no_offset_resumed",
+        "stage",
+    ],
 )
 def test_stock_peft_loads_the_adapter(launched, base_model, name):
     found = launched[name]

@@ -206,14 +206,6 @@ def test_training_with_restarts_resumes_exactly(run, tmp_path, base_model):
     assert stock.peft_config["default"].r == 4 * 2 * 3
 
 
-def test_every_restart_is_logged_however_rare_entries_are(run):
-    trainer = run(ga_restart_steps=1, max_steps=4, logging_steps=4)
-    reports = [trainer.lora_ga_report, *trainer.model.lora_ga.state.restarts]
-    assert history(trainer, "ga/alignment_mean") == [report.alignment_mean for report in reports]
-    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert entry["num_tokens"] > 0 and "mean_token_accuracy" in entry, "an entry of a restart took training's metrics"
-
-
 def test_the_learning_rate_climbs_again_to_its_schedule(run):
     plain = history(run(ga_restart_steps=None), "learning_rate")
     rates = history(run(), "learning_rate")

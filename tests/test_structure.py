@@ -10,7 +10,7 @@ import lora_ga_trainer
 
 PACKAGE = Path(lora_ga_trainer.__file__).parent
 FLOORS = (
-    {"_version", "arguments", "factors", "ranks", "report"},
+    {"_version", "arguments", "factors", "report"},
     {"distributed"},
     {"compatibility"},
     {"adapter"},

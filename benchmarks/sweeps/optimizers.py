@@ -10,10 +10,12 @@ from contextlib import contextmanager
 
 import torch
 from methods.table import LORA_GA, METHODS, STOCK, Method, Trainers, lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from trl import SFTTrainer
 
 from lora_ga_trainer import LoRAGASFTTrainer
+from lora_ga_trainer.adapter.delta import DeltaHalf
 
 DAMPING = 1e-2
 """Added to BᵀB and AAᵀ, as a share of their mean eigenvalue."""
@@ -27,18 +29,19 @@ class Pair:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        return [half.trainable if hasattr(half, "trainable") else half.weight for half in self.halves]
+        return [half.trainable if isinstance(half, DeltaHalf) else half.weight for half in self.halves]
 
     @property
     def factors(self) -> list[Tensor]:
         """A (R×I) and B (O×R)."""
         return [
-            half.frozen + half.trainable if hasattr(half, "trainable") else half.weight.detach() for half in self.halves
+            half.frozen + half.trainable if isinstance(half, DeltaHalf) else half.weight.detach()
+            for half in self.halves
         ]
 
 
 def pairs_of(model: nn.Module) -> list[Pair]:
-    return [Pair(module) for module in model.modules() if getattr(module, "lora_A", None)]
+    return [Pair(module) for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def damped_inverse(gram_RR: Tensor) -> Tensor:

@@ -28,8 +28,13 @@ class LoRAGAAdapter:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether A0 and B0 have been written. Before that the adapter is zero and the model computes the base function."""
+        """Whether A0 and B0 have been written. Before that the adapter adds nothing to what it was attached to."""
         return self.state.report is not None
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the model computes the base function: before the initialization, unless this stage continues an adapter."""
+        return not (self.is_initialized or self.state.earlier_ranks)
 
     @property
     def is_deleted(self) -> bool:

@@ -9,7 +9,8 @@ one LoRA of rank 2R that is exactly zero while dA and dB are, in every precision
 `lora_B(lora_A(x))` and read `.weight`, so forward, merge, unmerge and disabling the adapter come out right. The products
 themselves, and their gradients, are in `product`.
 
-A restart freezes the rows and columns so far as `history` H behind a new pair, so that the rank grows by 2R each time:
+A restart freezes the rows and columns so far as `history` H behind a new pair, so that the rank grows by 2R each time. A new
+stage of training does the same with the adapter that it starts from, whose rank may be any:
 
     lora_A = [A0 + dA; dA; H_A]        lora_B = [dB, B0, H_B]
 
@@ -55,9 +56,9 @@ class DeltaHalf(nn.Module):
 class OffsetHalf(DeltaHalf):
     """What DeltaA and DeltaB share.
 
-    `history` is what earlier restarts froze, None before the first. It is a buffer, whole on every process, because
-    parameters that are made while training would be unknown to ZeRO-3 and FSDP2; and not persistent, because their own
-    checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
+    `history` is what earlier stages have learned and restarts frozen, None if there were none. It is a buffer, whole on every
+    process, because parameters that are made while training would be unknown to ZeRO-3 and FSDP2; and not persistent, because
+    their own checkpoints would be loaded into a model that does not have it yet. The adapter's files hold it.
     """
 
     history: Tensor | None
@@ -135,17 +136,29 @@ class SumA(DeltaHalf):
         return F.linear(x, self.join(self.trainable, self.frozen))
 
 
-def attach_delta_form(layer: LoraLayer, adapter_name: str, offset: bool = True) -> None:
-    """Bring the adapter `adapter_name` of `layer` into delta form, in place. The model still computes the base function.
+def attach_delta_form(layer: LoraLayer, adapter_name: str, offset: bool = True, stage_rank: int | None = None) -> None:
+    """Bring the adapter `adapter_name` of `layer` into delta form, in place. The function stays the same.
 
-    Do this before `accelerator.prepare` and before anything is trained, on layers that `check_targets` has passed: A's
-    random values are dropped. Without the `offset` B stays as PEFT made it, zero.
+    Do this before `accelerator.prepare`, on layers that `check_targets` has passed. The random values of a fresh A are
+    dropped. Without the `offset` B stays as PEFT made it, zero.
+
+    Args:
+        stage_rank: the rank of a new pair before a trained adapter, which becomes the history; needs the `offset`. Optimizers
+            must be made afterwards.
     """
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     stack = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    earlier = None
+    if stage_rank is not None:
+        earlier = lora_A.weight.detach(), lora_B.weight.detach()
+        (A, B), R = earlier, stack * stage_rank
+        lora_A.weight, lora_B.weight = nn.Parameter(A.new_empty(R, A.shape[1])), nn.Parameter(B.new_empty(len(B), R))
+        layer.r[adapter_name] = stage_rank
     if offset:
         layer.lora_A[adapter_name] = DeltaA(lora_A.weight, stack)
         layer.lora_B[adapter_name] = DeltaB(lora_B.weight, lora_B.bias)
+        if earlier is not None:
+            layer.lora_A[adapter_name].history, layer.lora_B[adapter_name].history = earlier
     else:
         layer.lora_A[adapter_name] = SumA(lora_A.weight, stack)
     # not `MethodType`, which pickle looks up in the class

@@ -89,8 +89,8 @@ def check_no_adapter(model: nn.Module) -> None:
         raise ValueError(
             f"The model is not a bare base model: transformers or PEFT has put the adapters {sorted(found)} into it "
             "(`from_pretrained(adapter_folder)`, `load_adapter`, `add_adapter`, `inject_adapter_in_model`), and LoRA-GA would "
-            "discard what they have learned. Load the base model alone, or merge the adapter first (`model = "
-            "PeftModel.from_pretrained(base_model, adapter_folder).merge_and_unload()`)."
+            "train a new adapter on top of them that no file could tell. Load the base model alone; or, to train on from an "
+            "adapter, `PeftModel.from_pretrained(base_model, adapter_folder, is_trainable=True)` without a `peft_config`."
         )
 
 

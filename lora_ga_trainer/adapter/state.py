@@ -34,11 +34,18 @@ class LoRAGAState:
     launch: Launch | None = None
     """How the trainer that saves was launched; None in a loop of one's own."""
     restarts: list[InitReport] = field(default_factory=list)
-    """What each restart found. After k of them the saved rank is 2·r·(k + 1)."""
+    """What each restart found. Each adds 2·r to the saved rank."""
+    earlier_ranks: dict[str, int] = field(default_factory=dict)
+    """By weight, the rank of the trained adapter that this stage starts from. Empty if it starts from a fresh one."""
 
     @classmethod
     def before_init(
-        cls, lora_config: LoraConfig, adapter_name: str, config: LoRAGAArguments, has_embeddings: bool
+        cls,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        config: LoRAGAArguments,
+        has_embeddings: bool,
+        earlier_ranks: dict[str, int],
     ) -> "LoRAGAState":
         # a set, as PEFT makes of some lists, would not survive JSON; and PEFT adds a classifier's head to `modules_to_save` of
         # the same `LoraConfig` once for every model made from it
@@ -46,4 +53,4 @@ class LoRAGAState:
         lora = {name: sorted(set(value)) if isinstance(value, (set, list)) else value for name, value in values.items()}
         options = {option.name: getattr(config, option.name) for option in fields(LoRAGAArguments)}
         options["ga_scale"] = config.scale
-        return cls(adapter_name, lora, options, has_embeddings, report=None)
+        return cls(adapter_name, lora, options, has_embeddings, report=None, earlier_ranks=earlier_ranks)

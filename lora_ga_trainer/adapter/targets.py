@@ -21,7 +21,7 @@ def check_targets(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
     Raises:
         ValueError: the adapter targets nothing, targets a layer that is not linear or a parameter that ZeRO-3 has partitioned,
-            is sharded or offloaded, is not trainable, or has already been trained (B is not zero).
+            is sharded or offloaded, or is not trainable.
     """
     if not layers:
         raise ValueError(
@@ -64,12 +64,6 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         raise ValueError(
             f"The adapter {adapter_name!r} of {name} is not trainable. Make it so with `LoraConfig(inference_mode=False)`, or "
             "load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
-        )
-    if layer.lora_B[adapter_name].weight.any():
-        raise ValueError(
-            f"The adapter {adapter_name!r} has already been trained: B of {name} is not zero, and LoRA-GA would discard "
-            "it. Start from a fresh adapter (pass the base model and a `peft_config`), or merge this one first "
-            "(`model = model.merge_and_unload()`)."
         )
 
 

@@ -1,7 +1,8 @@
 """An adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be resumed exactly.
 
     adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base;
-                                after each restart 2R more rows and columns, the history
+                                after each restart 2R more rows and columns, the history; and before them all, those of the
+                                adapter that this stage of training started from
     adapter_config.json         r doubled, and an alpha with which the scaling is alpha/r, without rsLoRA; see `scaling`
     lora_ga.tensors             A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file unchanged, A0 is not
     lora_ga.json                the options, the adapter's own r, alpha and rsLoRA, alignment per layer, versions; see `state`
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from ..compatibility import without_other_adapters
 from ..distributed.backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
-from .scaling import plain_form
+from .scaling import name_in_patterns, with_form
 from .state import check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.tensors"
@@ -43,16 +45,23 @@ def layout_of(adapter: LoRAGAAdapter) -> Layout:
     return LAYOUTS[adapter.state.options["ga_offset"]]
 
 
-def rank_in_memory(adapter: LoRAGAAdapter) -> int:
-    """The rank that the adapter's layers present and its file has, as a multiple of R."""
-    return layout_of(adapter).times * (len(adapter.state.restarts) + 1)
+def ranks_in_file(adapter: LoRAGAAdapter, restarts: int) -> dict[str, int]:
+    """The rank that each weight presents to PEFT and has in the file after so many restarts, by name."""
+    times, earlier = layout_of(adapter).times * (restarts + 1), adapter.state.earlier_ranks
+    return {name: times * weight.rank + earlier.get(name, 0) for name, weight in adapter.weights.items()}
 
 
 @contextmanager
 def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
     """While inside, the adapter's `LoraConfig` is that of its file, which has the matrices that its layers present."""
-    trained = adapter.lora_config
-    presented = plain_form(trained, [weight.key for weight in adapter.weights.values()], rank_in_memory(adapter))
+    trained, in_file = adapter.lora_config, ranks_in_file(adapter, len(adapter.state.restarts))
+    names = {name: name_in_patterns(weight.key) for name, weight in adapter.weights.items()}
+    presented = with_form(
+        trained,
+        mode(in_file.values()),
+        {names[name]: rank for name, rank in in_file.items()},
+        {names[name]: weight.scaling for name, weight in adapter.weights.items()},
+    )
     try:
         adapter.model.peft_config[adapter.name] = presented
         yield presented
@@ -252,9 +261,11 @@ def check_adapter(adapter: LoRAGAAdapter, directory: Path) -> LoRAGAState:
     layout = layout_of(adapter)
     resume_only = {name: list(value.shape) for name, value in layout.keep(in_memory).items()}
     on_disk = {name: list(value.shape) for name, value in layout.join(in_memory).items()}
-    for name, shape in on_disk.items():
-        if name.endswith((".lora_A.weight", ".lora_B.weight")):
-            shape[1 if ".lora_B." in name else 0] *= len(saved.restarts) + 1
+    for name, rank in ranks_in_file(adapter, len(saved.restarts)).items():
+        weight = adapter.weights[name]
+        for matrix, side in ((f"{weight.path}.lora_A.weight", 0), (f"{weight.path}.lora_B.weight", 1)):
+            if matrix in on_disk:  # not the further names of a layer that occurs several times
+                on_disk[matrix][side] = weight.experts * rank
     check_tensors(frozen_file(directory), resume_only)
     check_tensors(directory / SAFETENSORS_WEIGHTS_NAME, on_disk)
     return saved

@@ -6,6 +6,7 @@ that write to the weights are corrected here, or refused: PEFT would silently cu
 """
 
 from functools import partial, wraps
+from statistics import mode
 from typing import Any
 
 from peft import PeftModel
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import LoRAGAAdapter
 from ..adapter.delta import DeltaHalf
 from ..distributed.backends import is_sharded
-from .adapter_files import config_as_in_file, rank_in_memory
+from .adapter_files import config_as_in_file, ranks_in_file
 
 RELOAD = "Save the adapter (`model.save_pretrained(folder)`) and reload it (`PeftModel.from_pretrained(base_model, folder)`)."
 
@@ -54,10 +55,13 @@ def add_adapter(peft_model: PeftModel, adapter_name: str, peft_config: Any, *arg
             (`reduce_intruder_dimension`, the reference of `DPOTrainer`), and the copy would hold only half of it.
     """
     adapter = peft_model.lora_ga
-    if rank_in_memory(adapter) > 1 and peft_config is peft_model.peft_config.get(adapter.name):
+    ranks = ranks_in_file(adapter, len(adapter.state.restarts))
+    if ranks != {name: weight.rank for name, weight in adapter.weights.items()} and (
+        peft_config is peft_model.peft_config.get(adapter.name)
+    ):
         raise ValueError(
             f"The adapter {adapter_name!r} would get the configuration of {adapter.name!r}, of rank {peft_config.r}, but "
-            f"in memory a LoRA-GA adapter has rank {rank_in_memory(adapter) * peft_config.r}, so it cannot be copied. "
+            f"in memory a LoRA-GA adapter has rank {mode(ranks.values())}, so it cannot be copied. "
             f"{RELOAD} For a new adapter with the same settings, pass its own `LoraConfig` (`copy.deepcopy(...)`)."
         )
     type(peft_model).add_adapter(peft_model, adapter_name, peft_config, *args, **kwargs)

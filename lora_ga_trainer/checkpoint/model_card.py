@@ -6,6 +6,7 @@ trainers' `create_model_card` adds the same section. Two comments mark the secti
 
 import re
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -141,10 +142,11 @@ def settings(state: LoRAGAState) -> dict[str, str]:
     """A run's settings and results for the reader of a card, by name."""
     lora, ga, report = state.lora, state.options, state.report
     r, times = lora["r"], LAYOUTS[ga["ga_offset"]].times * (len(state.restarts) + 1)
+    earlier = mode(state.earlier_ranks.values()) if state.earlier_ranks else 0
     exact = ga["ga_estimator"] == "exact"
     found = {
         "rank that trained": f"r = {r}",
-        "rank of the file": f"{times * r}",
+        "rank of the file": f"{times * r + earlier}" + (f", {earlier} of them of an earlier stage" if earlier else ""),
         "scaling": f"α = {lora['lora_alpha']}, {'α/√r (rsLoRA); in the file as α/r' if lora['use_rslora'] else 'α/r'}",
         "gradient": f"`ga_num_samples` = {ga['ga_num_samples']}" + (f", {report.num_items:,} items" if report else ""),
         "estimator": "exact" if exact else f"sketch, {ga['ga_sketch_passes']:g} passes",

@@ -45,13 +45,17 @@ def plain_alpha(scale: float, rank: int) -> float:
     return whole if abs(whole / rank - scale) <= abs(product / rank - scale) else product
 
 
+def name_in_patterns(module: str) -> str:
+    return module.removeprefix(PREFIX).replace(".base_layer", "")
+
+
 def plain_form(config: LoraConfig, modules: Iterable[str], times: int = 1) -> LoraConfig:
     """`config` for a file of `times` its ranks and the same scalings in plain form.
 
     Args:
         modules: all that the adapter has, named as in the base model or in PEFT's files.
     """
-    names = {module.removeprefix(PREFIX).replace(".base_layer", "") for module in modules}
+    names = set(map(name_in_patterns, modules))
     ranks = {name: times * rank_of(config, name) for name in names}
     scalings = {name: scaling_of(config, name) for name in names}
     return with_form(config, times * config.r, ranks, scalings)

@@ -72,6 +72,13 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
     # options added since the checkpoint was written acted as their defaults do
     without_effect = () if state.options["ga_sketch_passes"] % 1 else WITHOUT_EFFECT  # a look is at whole batches
     defaults = {"lora": {}, "options": {option.name: option.default for option in fields(LoRAGAArguments)}}
+    if saved.earlier_ranks != state.earlier_ranks:
+        ranks = [sorted(set(each.earlier_ranks.values())) or "none" for each in (state, saved)]
+        raise ValueError(
+            f"The adapter starts from a trained one of rank {ranks[0]}, but the checkpoint {directory} belongs to a run that "
+            f"started from one of rank {ranks[1]}. Load the adapter of then before resuming, or start a new run in another "
+            "`output_dir`."
+        )
     for group in ("lora", "options"):
         ours, theirs = getattr(state, group), defaults[group] | getattr(saved, group)
         for name in theirs:

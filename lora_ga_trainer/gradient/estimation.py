@@ -36,19 +36,22 @@ gradient the loss, the sample or the targets are wrong."""
 
 
 def sketch_width(weight: AdaptedWeight, config: LoRAGAArguments) -> int:
-    """K for one weight: `ga_sketch_size` or 2·r + 32 (2·r + 8 for experts), and no more than it has dimensions.
-
-    Raises:
-        ValueError: `ga_sketch_size` is under 2·r.
-    """
+    """K for one weight: `ga_sketch_size` or 2·r + 32 (2·r + 8 for experts), and no more than it has dimensions."""
     oversampling = SKETCH_OVERSAMPLING if weight.experts == 1 else EXPERT_OVERSAMPLING
     width = config.ga_sketch_size or 2 * weight.rank + oversampling
-    if width < 2 * weight.rank:
-        raise ValueError(
-            f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * weight.rank} for "
-            f"{weight.name}: LoRA-GA takes 2·r singular vectors from the sketch. Raise it, or leave it out to use 2·r + 32."
-        )
     return min(width, weight.out_features, weight.in_features)
+
+
+def check_sketch_size(name: str, rank: int, config: LoRAGAArguments) -> None:
+    """
+    Raises:
+        ValueError: `ga_sketch_size` is under twice the `rank` of the weight `name`.
+    """
+    if config.ga_sketch_size is not None and config.ga_sketch_size < 2 * rank:
+        raise ValueError(
+            f"`ga_sketch_size` is {config.ga_sketch_size}, but must be at least 2·r = {2 * rank} for {name}: LoRA-GA takes 2·r "
+            "singular vectors from the sketch. Raise it, or leave it out to use 2·r + 32."
+        )
 
 
 def make_accumulator(weight: AdaptedWeight, config: LoRAGAArguments) -> Accumulator:

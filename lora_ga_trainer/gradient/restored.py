@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,14 +39,15 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_kept_frozen(adapter: LoRAGAAdapter) -> Iterator[None]:
-    """While inside, a forward may switch the adapters off and on, and no parameter comes to require a gradient by it.
+    """While inside, a forward may switch the adapters off and on, or choose another, and no parameter comes to require a
+    gradient by it.
 
-    DPO's reference is the model under `disable_adapter()`. Left alone, PEFT's layers and `modules_to_save` would come out of it
-    switched on and requiring gradients.
+    DPO's reference is the model under `disable_adapter()`, or with its adapter "ref". Left alone, PEFT's layers and
+    `modules_to_save` would come out of it switched on and requiring gradients.
 
-    Before the initialization the layers compute W x only, and stay so: adapters that add zero cost two products and two copies.
+    Before a first initialization the layers compute W x only, and stay so: adapters that add zero cost two products and copies.
     """
-    off, layers = not adapter.is_initialized, [weight.layer for weight in adapter.weights.values()]
+    off, layers = adapter.adds_nothing, [weight.layer for weight in adapter.weights.values()]
     switches = {
         module: _switch_without_gradients
         for module in adapter.model.modules()
@@ -55,8 +57,10 @@ def adapters_kept_frozen(adapter: LoRAGAAdapter) -> Iterator[None]:
     if off:
         for layer in layers:
             layer.enable_adapters(False)
+    choices = {module: vars(module).get("set_adapter") for module in switches}  # layers in delta form have their own
     for module, switch in switches.items():
         module.enable_adapters = MethodType(switch, module)
+        module.set_adapter = partial(_choose_without_gradients, module, module.set_adapter)
     try:
         with warnings.catch_warnings():
             # PEFT finds it odd that the layers are off while `modules_to_save` are on
@@ -65,8 +69,10 @@ def adapters_kept_frozen(adapter: LoRAGAAdapter) -> Iterator[None]:
             )
             yield
     finally:
-        for module in switches:
-            del module.enable_adapters
+        for module, choice in choices.items():
+            del module.enable_adapters, module.set_adapter
+            if choice is not None:
+                module.set_adapter = choice
         if off:
             for layer in layers:
                 layer.enable_adapters(True)
@@ -78,6 +84,13 @@ def _stay_off(module: nn.Module, enabled: bool) -> None:
 
 def _switch_without_gradients(module: LoraLayer | AuxiliaryTrainingWrapper, enabled: bool) -> None:
     type(module).enable_adapters(module, enabled)
+    module.requires_grad_(False)
+
+
+def _choose_without_gradients(
+    module: LoraLayer | AuxiliaryTrainingWrapper, set_adapter: Callable, *args: Any, **kwargs: Any
+) -> None:
+    set_adapter(*args, **kwargs)
     module.requires_grad_(False)
 
 

@@ -1,6 +1,8 @@
 """Attaching LoRA-GA to a PEFT model: the adapter gets its delta form, and files that any PEFT reads."""
 
+import logging
 from dataclasses import replace
+from statistics import mode
 
 from peft import PeftModel
 
@@ -15,14 +17,19 @@ from ..arguments import LoRAGAArguments
 from ..checkpoint.adapter_files import bind_files, file_has_embeddings
 from ..checkpoint.in_memory import guard_helpers
 from ..checkpoint.provenance import forget_changed_base
-from ..distributed.backends import exclude_from_ddp_broadcast
-from ..gradient.estimation import sketch_width
+from ..distributed.backends import exclude_from_ddp_broadcast, rank
+from ..gradient.estimation import check_sketch_size
+from .stages import config_of_stage, is_trained
+
+logger = logging.getLogger(__name__)
 
 
 def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdapter:
     """Make the active adapter of `peft_model` ready for LoRA-GA: delta form, and saving as an ordinary LoRA adapter.
 
-    The model computes the base function until `initialize_lora_ga` has run. Call it before `accelerator.prepare`, so
+    An adapter that has been trained, by LoRA-GA or anything else, becomes the frozen history of a new stage: what the model
+    computes with it is where the new pair starts, and the saved file carries both. The function is the same until
+    `initialize_lora_ga` has run, and after it. Call it before `accelerator.prepare`, so
     that every backend shards and casts the new parameters like any others. Called again before the initialization, it
     only takes over the new `config`.
 
@@ -49,15 +56,25 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     layers = lora_layers(peft_model, adapter_name)
     check_targets(layers, adapter_name)
     weights = adapted_weights(layers, adapter_name)
-    for weight in weights.values():
-        sketch_width(weight, config)
+    earlier_ranks = {name: weight.rank for name, weight in weights.items()} if is_trained(weights, config) else {}
+    ranks = {name: config.ga_stage_rank or (r + 1) // 2 for name, r in earlier_ranks.items()}
+    for name, weight in weights.items():
+        check_sketch_size(name, ranks.get(name, weight.rank), config)
     check_scale(weights, config)
     forget_changed_base(peft_model, adapter_name)
     has_embeddings = file_has_embeddings(peft_model, adapter_name)
-    state = LoRAGAState.before_init(peft_model.peft_config[adapter_name], adapter_name, config, has_embeddings)
-    for weight in weights.values():
-        attach_delta_form(weight.layer, adapter_name, config.ga_offset)
+    for name, weight in weights.items():
+        attach_delta_form(weight.layer, adapter_name, config.ga_offset, ranks.get(name))
+    if earlier_ranks:
+        peft_model.peft_config[adapter_name] = config_of_stage(peft_model.peft_config[adapter_name], weights)
+    lora_config = peft_model.peft_config[adapter_name]
+    state = LoRAGAState.before_init(lora_config, adapter_name, config, has_embeddings, earlier_ranks)
     adapter = LoRAGAAdapter(peft_model, weights, state)
+    if earlier_ranks and rank() == 0:
+        logger.info(
+            f"LoRA-GA starts a new stage: the adapter {adapter_name!r} of rank {mode(earlier_ranks.values())} is kept as it "
+            f"is, and a pair of rank {lora_config.r} trains beside it."
+        )
     exclude_from_ddp_broadcast(peft_model, [f"{name}.history" for name in adapter.halves])
     bind_files(adapter)
     guard_helpers(adapter)
@@ -91,8 +108,8 @@ def _take_over(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> LoRAGAAdapter
     if adapter.is_initialized:
         raise ValueError(
             f"The adapter {adapter.name!r} has been initialized already by LoRA-GA; a second initialization would "
-            "discard what was trained since. Start from a fresh adapter, or merge this one first "
-            "(`model = model.merge_and_unload()`)."
+            "discard what was trained since. Start from a fresh adapter; or, for a next stage of training on top of this one, "
+            "save it and load it again (`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`)."
         )
     former = adapter.state
     if former.options["ga_offset"] != config.ga_offset:
@@ -101,6 +118,8 @@ def _take_over(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> LoRAGAAdapter
             f"{former.options['ga_offset']}, which made other parameters. Pass the same, or start from a fresh adapter."
         )
     check_scale(adapter.weights, config)
-    state = LoRAGAState.before_init(adapter.lora_config, adapter.name, config, former.has_embeddings)
+    state = LoRAGAState.before_init(
+        adapter.lora_config, adapter.name, config, former.has_embeddings, former.earlier_ranks
+    )
     adapter.state = replace(state, launch=former.launch)
     return adapter

@@ -25,9 +25,10 @@ from .trl import LoRAGATRLMixin
 class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
     """TRL's `DPOTrainer` with the LoRA-GA initialization (arXiv 2407.05000); takes the same arguments.
 
-    Without a `ref_model`, the reference is the model with its adapter off: the base model, bit for bit, at every step, since
-    LoRA-GA never changes its weights. The policy starts there too, so the first loss is log 2. `args` may be a
-    `LoRAGADPOConfig`, or a `DPOConfig` or `TrainingArguments`. Everything else is as in `LoRAGASFTTrainer`.
+    Without a `ref_model`, the reference is where the policy starts, so the first loss is log 2. For a new adapter that is the
+    base model, bit for bit, at every step, since LoRA-GA never changes its weights. For a trained one it is the model with that
+    adapter, of which TRL keeps a copy named "ref"; to compare with the base model instead, pass it as `ref_model`. `args` may
+    be a `LoRAGADPOConfig`, or a `DPOConfig` or `TrainingArguments`. Everything else is as in `LoRAGASFTTrainer`.
 
     Raises:
         ValueError: as `LoRAGASFTTrainer`.
@@ -50,7 +51,9 @@ class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: LoraConfig | None = None,
     ):
-        args, peft_config = self.before_init(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
+        model, args, peft_config = self.before_init(
+            model, args, train_dataset, eval_dataset, quantization_config, peft_config
+        )
         self.is_ready = False
         super().__init__(
             model=model,
@@ -65,9 +68,9 @@ class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        # TRL copies the adapter of a `PeftModel` as the reference. This one is new and adds zero, so the base model is the same
+        # TRL copies the adapter of a `PeftModel` as the reference. A new one adds zero, so the base model is the same
         # reference, without a second adapter in memory and in every checkpoint.
-        if "ref" in self.model.peft_config:
+        if "ref" in self.model.peft_config and self.model.lora_ga.adds_nothing:
             self.model.delete_adapter("ref")
 
     def get_ready(self) -> None:

@@ -84,8 +84,7 @@ class LoRAGAMixin(Base):
 
     args: LoRAGATrainingArguments
     model: PeftModel
-    optimizer: Optimizer
-    """Set by `create_optimizer`, before any restart."""
+    optimizer: Optimizer  # None before `train` makes it
     train_dataset: Any
 
     EMPTY = "has no example"
@@ -223,8 +222,6 @@ class LoRAGAMixin(Base):
         """The same at the current function, from other examples, on top of what was trained so far; see `restart_lora_ga`."""
         seed = self.args.ga_seed + 1 + len(self.model.lora_ga.state.restarts)
         with self.estimating(seed) as (batches, disable_tqdm):
-            if self.unlogged:  # those of the start, which no entry has yet
-                self.log({})
             report = restart_from_gradient(
                 self.model.lora_ga,
                 batches,
@@ -236,8 +233,11 @@ class LoRAGAMixin(Base):
             )
         self.unlogged = report.metrics()
 
-    def learning_rates(self) -> dict[str, LearningRates]:
-        """The peak rates at which each weight's A and B train, by name; 0 of a matrix that the optimizer does not hold."""
+    def learning_rates(self) -> dict[str, LearningRates] | None:
+        """The peak rates at which each weight's A and B train, by name; 0 of a matrix that the optimizer does not hold. None
+        before there is an optimizer."""
+        if self.optimizer is None:
+            return None
         rates = optimizer_learning_rates(self.optimizer, self.lr_scheduler)
         return {
             name: LearningRates(*(rates.get(matrix, 0.0) for matrix in weight.trained))

@@ -53,7 +53,9 @@ class LoRAGARewardTrainer(LoRAGATRLMixin, RewardTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: LoraConfig | None = None,
     ):
-        args, peft_config = self.before_init(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
+        model, args, peft_config = self.before_init(
+            model, args, train_dataset, eval_dataset, quantization_config, peft_config
+        )
         super().__init__(
             model=model,
             args=args,

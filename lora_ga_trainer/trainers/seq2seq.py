@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, Seq2SeqTrainer, Traine
 from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from ..arguments import LoRAGASeq2SeqConfig, with_ga_options
 from ..distributed.launches import check_shared_embeddings, launch_of
+from ..initialization.stages import as_peft_model, carries_adapter
 from .mixin import LoRAGAMixin
 
 
@@ -78,6 +79,8 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
                 "`LoRAGASFTTrainer`."
             )
         args = with_ga_options(LoRAGASeq2SeqConfig, args, model)
+        if peft_config is None and carries_adapter(model):
+            model = as_peft_model(model)
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError(

@@ -63,7 +63,7 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
         peft_config: LoraConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
-        args, peft_config = self.before_init(
+        model, args, peft_config = self.before_init(
             model, args, train_dataset, eval_dataset, quantization_config, peft_config, formatting_func
         )
         super().__init__(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..adapter.lora_config import check_lora_config, check_no_adapter, paper_lora_config
 from ..arguments import with_ga_options
 from ..distributed.launches import check_offloading
+from ..initialization.stages import as_peft_model, carries_adapter
 from .data import check_not_empty, check_turns
 from .mixin import LoRAGAMixin
 
@@ -38,13 +39,16 @@ class LoRAGATRLMixin(LoRAGAMixin):
         quantization_config: Any,
         peft_config: LoraConfig | None,
         formatting_func: Callable[[dict], str] | None = None,
-    ) -> tuple[Any, LoraConfig | None]:
-        """The complete `args` and `peft_config` for TRL's `__init__`, which then prepares no dataset before `get_ready`.
+    ) -> tuple[Any, Any, LoraConfig | None]:
+        """The `model` and the complete `args` and `peft_config` for TRL's `__init__`, which then prepares no dataset before
+        `get_ready`.
 
         Raises:
             ValueError: TRL would fail on one of the arguments.
         """
         args = with_ga_options(self.config_class, args, model)
+        if peft_config is None and carries_adapter(model):
+            model = as_peft_model(model)
         if not isinstance(model, PeftModel):
             self.adapter_is_default = peft_config is None
             peft_config = paper_lora_config(self.task_type) if peft_config is None else peft_config
@@ -63,7 +67,7 @@ class LoRAGATRLMixin(LoRAGAMixin):
             check_offloading("`activation_offloading=True`")
         self.unprepared: list[tuple[Any, tuple[Any, ...]]] = []
         self._prepare_dataset = self.prepare_later  # shadows TRL's method until `get_ready`
-        return args, peft_config
+        return model, args, peft_config
 
     def completed(self, peft_config: LoraConfig) -> LoraConfig:
         """`peft_config`, completed with what the trainer knows."""
