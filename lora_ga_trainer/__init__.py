@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from .arguments import LoRAGAArguments, LoRAGASeq2SeqConfig, LoRAGATrainingArguments
     from .initialization.initialize import initialize_lora_ga, restart_lora_ga
     from .report import InitReport
-    from .trainers.configs import LoRAGADPOConfig, LoRAGARewardConfig, LoRAGASFTConfig
+    from .trainers.configs import LoRAGADPOConfig, LoRAGAGRPOConfig, LoRAGARewardConfig, LoRAGASFTConfig
     from .trainers.dpo import LoRAGADPOTrainer
+    from .trainers.grpo import LoRAGAGRPOTrainer
     from .trainers.mixin import LoRAGAMixin
     from .trainers.reward import LoRAGARewardTrainer
     from .trainers.seq2seq import LoRAGASeq2SeqTrainer
@@ -21,6 +22,8 @@ __all__ = [
     "LoRAGAArguments",
     "LoRAGADPOConfig",
     "LoRAGADPOTrainer",
+    "LoRAGAGRPOConfig",
+    "LoRAGAGRPOTrainer",
     "LoRAGAMixin",
     "LoRAGARewardConfig",
     "LoRAGARewardTrainer",
@@ -39,6 +42,8 @@ _HOMES = {
     "LoRAGAArguments": "arguments",
     "LoRAGADPOConfig": "trainers.configs",
     "LoRAGADPOTrainer": "trainers.dpo",
+    "LoRAGAGRPOConfig": "trainers.configs",
+    "LoRAGAGRPOTrainer": "trainers.grpo",
     "LoRAGAMixin": "trainers.mixin",
     "LoRAGARewardConfig": "trainers.configs",
     "LoRAGARewardTrainer": "trainers.reward",

@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from .factors import Direction, Scale
 
 ESTIMATORS = ("sketch", "exact")
+FULL_LEARNING_RATE = {"help": "For the `matched` scale: the learning rate for full fine-tuning."}
 LARGEST_SEED = 2**63 - 1
 """torch's generators take 64 bits, and every restart draws with a seed one higher."""
 
@@ -51,7 +52,7 @@ class LoRAGAArguments:
             the default elsewhere: O^¼/√γ, to be tuned together with the learning rate. `"unit"` 1, `"gd"` 1/s, `"weight_svd"`
             the mean of √(σ(W)/s) over the first r singular values of the weight, `"gaussian"` √(I/O) for A0 and √(O/I) for B0
             (the paper's ablation).
-        ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`):
+        ga_full_learning_rate (`float`, *optional*, defaults to `5e-5`, with DPO and GRPO to `1e-6`):
             η_f of the `matched` scale: the learning rate for full fine-tuning. Larger values start from larger factors, which
             move the weights further with each of the first steps.
         ga_learning_rate (`float`, *optional*):
@@ -114,10 +115,7 @@ class LoRAGAArguments:
             "`unit` 1, `gd` 1/s, `weight_svd` or `gaussian`."
         },
     )
-    ga_full_learning_rate: float = field(
-        default=5e-5,
-        metadata={"help": "For the `matched` scale: the learning rate for full fine-tuning."},
-    )
+    ga_full_learning_rate: float = field(default=5e-5, metadata=FULL_LEARNING_RATE)
     ga_learning_rate: float | None = field(
         default=None,
         metadata={"help": "For the `matched` scale: the adapter's peak learning rate. Default: the trainer's."},

@@ -24,6 +24,7 @@ DEFAULTS = {
     "ga_learning_rate": None,
     "ga_gamma": 16.0,
     "ga_offset": True,
+    "ga_stage_rank": None,
     "ga_restart_steps": None,
     "ga_restart_warmup_steps": 10,
     "ga_seed": 42,

@@ -1,10 +1,14 @@
-"""TRL's configurations with the `ga_*` options."""
+"""TRL's configurations with the `ga_*` options.
 
-from dataclasses import dataclass
+η_f, the rate for full fine-tuning that the size of the factors is matched to, depends on what is trained: preferences and
+rewards take a smaller one than supervised fine-tuning. For DPO and GRPO it is TRL's own default for all weights.
+"""
 
-from trl import DPOConfig, RewardConfig, SFTConfig
+from dataclasses import dataclass, field
 
-from ..arguments import LoRAGAArguments
+from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
+
+from ..arguments import FULL_LEARNING_RATE, LoRAGAArguments
 
 
 @dataclass
@@ -27,8 +31,21 @@ class LoRAGARewardConfig(LoRAGAArguments, RewardConfig):
 
 @dataclass
 class LoRAGADPOConfig(LoRAGAArguments, DPOConfig):
-    """TRL's `DPOConfig` and the `ga_*` fields of `LoRAGAArguments`.
+    """TRL's `DPOConfig` and the `ga_*` fields of `LoRAGAArguments`, with `ga_full_learning_rate` 1e-6.
 
     Raises:
         ValueError: a `ga_*` value is out of its range, or whatever `DPOConfig` raises.
     """
+
+    ga_full_learning_rate: float = field(default=1e-6, metadata=FULL_LEARNING_RATE)
+
+
+@dataclass
+class LoRAGAGRPOConfig(LoRAGAArguments, GRPOConfig):
+    """TRL's `GRPOConfig` and the `ga_*` fields of `LoRAGAArguments`, with `ga_full_learning_rate` 1e-6.
+
+    Raises:
+        ValueError: a `ga_*` value is out of its range, or whatever `GRPOConfig` raises.
+    """
+
+    ga_full_learning_rate: float = field(default=1e-6, metadata=FULL_LEARNING_RATE)

@@ -68,10 +68,7 @@ class LoRAGADPOTrainer(LoRAGATRLMixin, DPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        # TRL copies the adapter of a `PeftModel` as the reference. A new one adds zero, so the base model is the same
-        # reference, without a second adapter in memory and in every checkpoint.
-        if "ref" in self.model.peft_config and self.model.lora_ga.adds_nothing:
-            self.model.delete_adapter("ref")
+        self.drop_copy_of_new_adapter()
 
     def get_ready(self) -> None:
         if not self.is_ready:

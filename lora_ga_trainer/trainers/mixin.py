@@ -264,12 +264,18 @@ class LoRAGAMixin(Base):
                 "lower `ga_num_samples` to silence this warning."
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, description="LoRA-GA")
-        # Half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make room for the sketch.
-        # With gradient checkpointing and small batches, this saves too few; see docs/how_it_works.md, "Its memory".
-        # The estimation runs on one device, even if `nn.DataParallel` trains on several.
-        size = self.args.ga_batch_size or max(1, self._train_batch_size // (2 * max(1, self.args.n_gpu)))
+        size = self.estimation_batch_size
         for start in range(0, len(examples), size):
             yield collate(examples[start : start + size])
+
+    @property
+    def estimation_batch_size(self) -> int:
+        """`ga_batch_size`, or half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make
+        room for the sketch."""
+        # With gradient checkpointing and small batches, this saves too few; see docs/how_it_works.md, "Its memory".
+        # The estimation runs on one device, even if `nn.DataParallel` trains on several.
+        training: Any = self._train_batch_size  # set before training begins
+        return self.args.ga_batch_size or max(1, training // (2 * max(1, self.args.n_gpu)))
 
     def estimation_loss(self, model: nn.Module, batch: dict[str, Tensor], num_items_in_batch: int) -> Tensor:
         """The training loss, as this batch's share of the mean over all sampled examples.
@@ -277,7 +283,7 @@ class LoRAGAMixin(Base):
         Some losses divide by `num_items_in_batch`; others, such as those of DPO, reward models and many encoders, ignore it and
         average over the batch. Given the number of items of this batch alone, both are the batch mean.
         """
-        inputs = self._prepare_inputs(batch)
+        inputs = self.estimation_inputs(batch)
         items = items_in(model, inputs)
         divisor = torch.tensor(max(items, 1), device="cpu") if "labels" in inputs else None
         with self.compute_loss_context_manager():
@@ -285,6 +291,10 @@ class LoRAGAMixin(Base):
         if items == 0:  # a mean over no labels is NaN
             loss = loss.nan_to_num()
         return loss * (items / num_items_in_batch)
+
+    def estimation_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """What `compute_loss` takes, of a batch of `sample_batches`."""
+        return self._prepare_inputs(batch)
 
     @contextmanager
     def plain_batch_mean(self) -> Iterator[None]:

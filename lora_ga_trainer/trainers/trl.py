@@ -63,7 +63,7 @@ class LoRAGATRLMixin(LoRAGAMixin):
             self.check_dataset(train_dataset, args, "training")
             for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
                 self.check_dataset(dataset, args, "evaluation")
-        if args.activation_offloading:
+        if vars(args).get("activation_offloading"):  # that of GRPO has no such option
             check_offloading("`activation_offloading=True`")
         self.unprepared: list[tuple[Any, tuple[Any, ...]]] = []
         self._prepare_dataset = self.prepare_later  # shadows TRL's method until `get_ready`
@@ -90,6 +90,12 @@ class LoRAGATRLMixin(LoRAGAMixin):
             elif held_out:
                 ((_, self.eval_dataset),) = held_out
         check_not_empty(self.train_dataset, self.EMPTY)
+
+    def drop_copy_of_new_adapter(self) -> None:
+        """TRL copies the adapter of a `PeftModel` as the reference, named "ref". A new one adds zero, so the base model is the
+        same reference, without a second adapter in memory and in every checkpoint."""
+        if "ref" in self.model.peft_config and self.model.lora_ga.adds_nothing:
+            self.model.delete_adapter("ref")
 
     def check_dataset(self, dataset: Any, args: Any, role: str) -> None:
         """
