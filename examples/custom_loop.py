@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(0)
-    texts = args.text.read_text().splitlines() if args.text else [SENTENCE.format(number) for number in range(32)]
+    texts = (
+        [line for line in args.text.read_text().splitlines() if line.strip()]
+        if args.text
+        else [SENTENCE.format(number) for number in range(32)]
+    )
     if args.model:
         base, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
         tokenize = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     # vectors. This comes after `prepare`, on the model itself, not on its DDP or DeepSpeed wrapper. The base weights, the
     # optimizer and the random state stay unchanged.
     model = accelerator.unwrap_model(wrapped)
-    report = initialize_lora_ga(model, sample, ga)
+    report = initialize_lora_ga(model, sample, ga, disable_tqdm=True)
     accelerator.print(report.summary())
 
     # Step 4. Train as usual.

@@ -67,7 +67,7 @@ class LoRAGAArguments:
         ga_stage_rank (`int`, *optional*):
             r of a new stage of training that starts from a trained adapter: that one is frozen, and a new pair of rank r starts
             from the gradient at what the model computes with it, so that the saved rank grows by 2·r. Defaults to half of the
-            adapter's rank in each layer, with which the rank doubles.
+            adapter's rank in each layer, rounded up, with which the rank doubles.
         ga_restart_steps (`int`, *optional*):
             Every this many optimizer steps, freeze what was trained so far into the adapter and restart from the gradient
             at the current function (LoRA-GA inside ReLoRA, arXiv 2307.05695). The saved adapter's rank grows by 2·r each

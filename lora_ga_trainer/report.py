@@ -93,8 +93,7 @@ class InitReport:
         ]
         if any(self.all_reduced_bytes):
             mebibytes = ", ".join(f"{count / 2**20:,.2f}" for count in self.all_reduced_bytes)
-            passes = f"passes 1 to {len(self.all_reduced_bytes)}" if len(self.all_reduced_bytes) > 1 else "its one pass"
-            lines.insert(3, f"  network    {mebibytes} MiB per process all-reduced in {passes}")
+            lines.insert(3, f"  network    {mebibytes} MiB per process all-reduced, pass by pass")
         if self.scale:
             lines.append(f"  scale      c from {min(self.scale.values()):.3g} to {max(self.scale.values()):.3g}")
         if self.idle:

@@ -317,7 +317,7 @@ def test_a_file_that_holds_no_options(tmp_path, text, message):
 
 
 def test_neither_model_nor_data(data, tmp_path):
-    assert "exactly one of them must be set" in error_of(["sft", "--model_name_or_path", "m"])
+    assert "There is no data. Set exactly one of `dataset_name`" in error_of(["sft", "--model_name_or_path", "m"])
     assert "`model_name_or_path` is not set" in error_of(["sft", "--dataset_path", data, *options(tmp_path)])
 
 

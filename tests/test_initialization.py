@@ -266,6 +266,27 @@ def test_all_labels_masked():
     refused("All labels of the 2 batches .* −100.*completion mask", batches=batches)
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (tiny_batches()[0], "`batches` holds a str, but must be an iterable of dictionaries of tensors"),
+        ([torch.zeros(2, 3)], "`batches` holds a Tensor, but must be"),
+        (
+            [{"input_ids": [[1, 2]], "labels": [[1, 2]]}],
+            "The `input_ids` of a batch .* are a list, but must be a tensor",
+        ),
+        (
+            [{"input_ids": torch.ones(3), "labels": torch.ones(3)}],
+            r"tensor of the shape \(3,\), but must be a tensor of",
+        ),
+        ([{"input_ids": torch.ones(2, 0), "labels": torch.ones(2, 0)}], r"\(2, 0\), .* leave out empty ones"),
+    ],
+    ids=["a batch", "tensors", "lists", "one example", "no token"],
+)
+def test_batches_that_are_none(batches, message):
+    refused(message, batches=batches)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_or_inf_in_the_model(value):
     def poison(model):

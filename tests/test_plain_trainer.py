@@ -42,7 +42,7 @@ for name in lora_ga_trainer.__all__:
 """,
     )  # fmt: skip
     assert ended_well(found), found.stderr
-    kinds = ("DPO", "Reward", "SFT")
+    kinds = ("DPO", "GRPO", "Reward", "SFT")
     assert found.stdout.split("\n")[:-1] == [f"LoRAGA{k}{part} trl" for k in kinds for part in ("Config", "Trainer")]
 
 

@@ -141,6 +141,14 @@ def test_a_restart_that_fails_changes_nothing():
     assert steps == {id(p): int(s["step"]) for p, s in optimizer.state.items()}
 
 
+def test_no_adapter_and_no_options_to_restart():
+    model, _ = peft_pair()
+    with pytest.raises(ValueError, match="The model has no LoRA-GA adapter, so there is nothing to restart"):
+        restart_lora_ga(model, tiny_batches(), EXACT, None)
+    with pytest.raises(ValueError, match="`config` is a NoneType, but must hold the `ga_\\*` options"):
+        restart_lora_ga(model, tiny_batches(), None, None)
+
+
 def test_nothing_to_restart():
     model, _ = peft_pair()
     initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)

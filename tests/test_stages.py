@@ -163,11 +163,15 @@ def test_what_is_refused(tmp_path):
     assert not hasattr(stock, "lora_ga") and stock.peft_config["default"].r == 4, "changed in spite of the error"
     with pytest.raises(ValueError, match="`ga_stage_rank` is 0, but must be a whole number of at least 1"):
         LoRAGAArguments(ga_stage_rank=0)
+    with pytest.raises(ValueError, match="`ga_stage_rank` is 2, but the adapter 'default' is new"):
+        attach_lora_ga(peft_pair()[0], LoRAGAArguments(ga_stage_rank=2))
     initialize_lora_ga(stock, tiny_batches(), EXACT, disable_tqdm=True)
     stock.save_pretrained(tmp_path)
     fresh, _ = peft_pair(r=2)
     attach_lora_ga(fresh, EXACT)
-    with pytest.raises(ValueError, match=r"starts from a trained one of rank none, but .* one of rank \[4\]"):
+    with pytest.raises(
+        ValueError, match="This run started from a fresh adapter, but that of .* continues a trained adapter of rank 4"
+    ):
         fresh.load_adapter(tmp_path, "default", is_trainable=True)
 
 

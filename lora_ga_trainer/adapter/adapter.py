@@ -43,5 +43,5 @@ class LoRAGAAdapter:
 
     @property
     def halves(self) -> dict[str, OffsetHalf]:
-        """Both halves of every weight, by module name: what a restart freezes. None without the offset."""
+        """Both halves of every weight, by module name: what a restart freezes. Empty without the offset."""
         return {name: half for weight in self.weights.values() for name, half in weight.offset_halves.items()}

@@ -34,7 +34,7 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
     """Refuse a `LoraConfig` that asks for another initialization or another kind of adapter.
 
     Args:
-        adapter_name: of the adapter that was made of it; None for one that is a `peft_config` still.
+        adapter_name: of the adapter that was made of it; None if the adapter does not exist yet.
 
     Raises:
         ValueError: naming the field, its value and what to do.
@@ -53,7 +53,7 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
     if config.init_lora_weights is not True:
         raise ValueError(
             f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
-            "is the initialization here. Leave `init_lora_weights` at its default (True), or use the trainer without LoRA-GA."
+            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own trainer."
         )
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if not is_number_above_zero(alpha):
@@ -66,7 +66,7 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
         if option.name in OTHER_METHODS and value:
             raise ValueError(
                 f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
-                f"Leave out `{option.name}`, or use the trainer without LoRA-GA."
+                f"Leave out `{option.name}`, or use TRL's own trainer."
             )
 
 

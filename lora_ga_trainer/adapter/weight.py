@@ -83,7 +83,7 @@ class AdaptedWeight:
 
     @property
     def offset_halves(self) -> dict[str, OffsetHalf]:
-        """Both halves by module name: what a restart freezes. None without the offset."""
+        """Both halves by module name: what a restart freezes. Empty without the offset."""
         halves = {"lora_A": self.A, "lora_B": self.B}
         return {
             f"{self.path}.{matrix}.{self.adapter_name}": half

@@ -1,7 +1,7 @@
 """An adapter in delta form is saved as an ordinary LoRA of rank 2R, and can be resumed exactly.
 
     adapter_model.safetensors   lora_A = [A0 + dA; dA] (2R×I), lora_B = [dB, B0] (O×2R): stock PEFT on the untouched base;
-                                after each restart 2R more rows and columns, the history; and before them all, those of the
+                                after each restart 2R more rows and columns, the history; and last of all those of the
                                 adapter that this stage of training started from
     adapter_config.json         r doubled, and an alpha with which the scaling is alpha/r, without rsLoRA; see `scaling`
     lora_ga.tensors             A0 (R×I) per layer: dA, dB, B0 and the history are in the adapter file unchanged, A0 is not
@@ -38,7 +38,7 @@ from .state import check_same_run, write_state
 FROZEN_FILE = "lora_ga.tensors"
 """In the format of safetensors, but not of that name: servers load the tensors of every `*.safetensors` in a folder."""
 FORMER_FROZEN_FILE = "lora_ga.safetensors"
-"""Its name until 0.1."""
+"""Its name in 0.1.0."""
 
 
 def layout_of(adapter: LoRAGAAdapter) -> Layout:

@@ -125,8 +125,9 @@ def last_complete(output_dir: Path) -> Path:
                 logger.warning(f"Skipping an incomplete checkpoint. {error}")
         else:
             return steps[step]
+    incomplete = f", only {len(steps)} incomplete" if steps else ""
     raise ValueError(
-        f"{output_dir} has no complete checkpoint to resume from, {len(steps)} incomplete. Start from the beginning: leave out "
+        f"{output_dir} has no complete checkpoint to resume from{incomplete}. Start from the beginning: leave out "
         "`resume_from_checkpoint`."
     )
 

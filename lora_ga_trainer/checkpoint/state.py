@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import peft
@@ -69,15 +70,19 @@ def check_same_run(state: LoRAGAState, directory: Path) -> LoRAGAState:
         ValueError: naming the first setting that differs, with both values.
     """
     saved = read_state(directory)
-    # options added since the checkpoint was written acted as their defaults do
     without_effect = () if state.options["ga_sketch_passes"] % 1 else WITHOUT_EFFECT  # a look is at whole batches
+    # options added since the checkpoint was written acted as their defaults do
     defaults = {"lora": {}, "options": {option.name: option.default for option in fields(LoRAGAArguments)}}
     if saved.earlier_ranks != state.earlier_ranks:
-        ranks = [sorted(set(each.earlier_ranks.values())) or "none" for each in (state, saved)]
+        ranks = [
+            f"continues a trained adapter of rank {mode(each.earlier_ranks.values())}"
+            if each.earlier_ranks
+            else "started from a fresh adapter"
+            for each in (state, saved)
+        ]
         raise ValueError(
-            f"The adapter starts from a trained one of rank {ranks[0]}, but the checkpoint {directory} belongs to a run that "
-            f"started from one of rank {ranks[1]}. Load the adapter of then before resuming, or start a new run in another "
-            "`output_dir`."
+            f"This run {ranks[0]}, but that of the checkpoint {directory} {ranks[1]}. Load what it started from before "
+            "resuming, or start a new run in another `output_dir`."
         )
     for group in ("lora", "options"):
         ours, theirs = getattr(state, group), defaults[group] | getattr(saved, group)

@@ -41,7 +41,8 @@ def parse_options(types: tuple[type, ...], argv: list[str], prog: str) -> tuple[
         if option == "--config" and "--config" not in argv:
             raise ValueError("`--config=FILE` is not understood: write `--config FILE`.")
         if option not in (*known, "--config", "--env"):
-            close = get_close_matches(option.replace("-", "_").replace("__", "--", 1), known, n=1)
+            spelled = option.replace("-", "_").replace("__", "--", 1)
+            close = [name for name in known if name.startswith(spelled)] or get_close_matches(spelled, known, n=1)
             hint = f"Did you mean {close[0]}? " if close else ""
             raise ValueError(f"There is no option {option!r}. {hint}`{prog} --help` lists the options.")
     return parser.parse_args_and_config(argv)

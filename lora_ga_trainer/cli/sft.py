@@ -40,6 +40,7 @@ precedence. The most common ones, some with an example value:
              --ga_scale                 by default matched to --ga_full_learning_rate, for
                                         --ga_learning_rate; or stable, with --ga_gamma
              --ga_offset true           false: B from zero, files of rank r
+             --ga_stage_rank            r on top of a trained adapter
              --ga_restart_steps         a fresh gradient every this many steps
              --ga_restart_warmup_steps  --ga_seed 42
   training   --output_dir  --learning_rate 2e-4  --num_train_epochs  --max_steps  --seed
@@ -70,6 +71,11 @@ class DataArguments(DatasetMixtureConfig, ScriptArguments):
     def __post_init__(self):
         super().__post_init__()  # that of the mixture
         if [self.dataset_name is None, self.dataset_path is None, not self.datasets].count(False) != 1:
+            if self.dataset_name is None and self.dataset_path is None:
+                raise ValueError(
+                    "There is no data. Set exactly one of `dataset_name` (on the hub), `dataset_path` (a local file) and "
+                    "`datasets` (a mixture, in the YAML file)."
+                )
             raise ValueError(
                 f"`dataset_name` is {self.dataset_name!r}, `dataset_path` is {self.dataset_path!r} and `datasets` names "
                 f"{len(self.datasets)}, but exactly one of them must be set: a data set on the hub, a local file, or a "

@@ -22,7 +22,7 @@ Accumulator = ExactGradient | GradientSketch
 logger = logging.getLogger(__name__)
 
 IN_A_MESSAGE = 10
-"""Names of layers that an error gives itself; of more it gives some, and the log all."""
+"""The most names of layers in an error; a longer list goes to the log."""
 SKETCH_OVERSAMPLING = 32
 """K − 2r. Real gradients have slowly falling spectra: with 32 spare directions 2 passes reach 0.999 of the exact alignment in
 the mean over the layers of SmolLM2-135M at r = 8, and the sketch takes under 5 % of the gradients of Llama-2-7B."""
@@ -36,10 +36,9 @@ gradient the loss, the sample or the targets are wrong."""
 
 
 def sketch_width(weight: AdaptedWeight, config: LoRAGAArguments) -> int:
-    """K for one weight: `ga_sketch_size` or 2·r + 32 (2·r + 8 for experts), and no more than it has dimensions."""
+    """K for one weight: `ga_sketch_size` or 2·r + 32 (2·r + 8 for experts)."""
     oversampling = SKETCH_OVERSAMPLING if weight.experts == 1 else EXPERT_OVERSAMPLING
-    width = config.ga_sketch_size or 2 * weight.rank + oversampling
-    return min(width, weight.out_features, weight.in_features)
+    return config.ga_sketch_size or 2 * weight.rank + oversampling
 
 
 def check_sketch_size(name: str, rank: int, config: LoRAGAArguments) -> None:
@@ -168,7 +167,7 @@ def _ignore(*_: Any) -> None:
 
 
 def _without(condition: Callable[[Tensor], Tensor], accumulators: dict[str, Accumulator]) -> list[str]:
-    """The accumulators of which some sum does not meet the `condition`."""
+    """The names of the accumulators with a sum that fails the `condition`."""
     # all layers' answers wait for the accelerator once; a model may be split over several
     answers = [torch.stack([condition(total) for total in acc.sums()]).all() for acc in accumulators.values()]
     met = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()

@@ -6,7 +6,8 @@ An item is what a loss is a mean over: a label token of a language model, a labe
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Objective:
     """
 
     def __init__(self, model: PeftModel, batches: list[Batch], compute_loss: ComputeLoss | None = None):
-        check_batches(model, batches, need_labels=compute_loss is None)
+        check_batches(model, batches, needs_labels=compute_loss is None)
         self.model, self.compute_loss = model, compute_loss or language_model_loss
         self.num_items = count_items(model, batches)
         self.weighted_batches = even_batches(batches)
@@ -87,18 +88,27 @@ class Objective:
             _check_losses(losses)
 
 
-def check_batches(model: PeftModel, batches: list[Batch], need_labels: bool) -> None:
+def check_batches(model: PeftModel, batches: list[Batch], needs_labels: bool) -> None:
     """
     Raises:
         ValueError: a batch of some process has tokens that the model does not know; or no labels, though they are needed.
     """
     with failing_together():
         for batch in batches:
-            if problem := _batch_problem(model, batch, need_labels):
+            if problem := _batch_problem(model, batch, needs_labels):
                 raise ValueError(problem)
 
 
-def _batch_problem(model: PeftModel, batch: Batch, needs_labels: bool) -> str | None:
+def _batch_problem(model: PeftModel, batch: Any, needs_labels: bool) -> str | None:
+    if not isinstance(batch, Mapping):
+        return f"`batches` holds a {type(batch).__name__}, but must be an iterable of dictionaries of tensors, one a forward."
+    ids = batch.get("input_ids")
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dim() > 1 and ids.numel()):
+        kind = f"tensor of the shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        return (
+            f"The `input_ids` of a batch for LoRA-GA are a {kind}, but must be a tensor of examples × tokens, at least one of "
+            "each. Pad the examples, and leave out empty ones."
+        )
     if needs_labels and "labels" not in batch:
         return (
             f"A batch for LoRA-GA has no 'labels', only {sorted(batch)}: its loss, and so the gradient, is unknown. "
@@ -176,7 +186,7 @@ def language_model_loss(model: PeftModel, batch: Batch, num_items_in_batch: int)
 
 
 def even_batches(batches: list[Batch]) -> list[tuple[Batch, float]]:
-    """(batch, weight) for every forward that this process does: `batches` at weight 1, then some batch again at weight 0.
+    """(batch, weight) for every forward of this process: `batches` at weight 1, padded with a repeated batch of weight 0.
 
     ZeRO-3 and FSDP2 exchange weights in every forward and backward, so all processes have to do as many.
     """
@@ -201,7 +211,7 @@ def _check_depends(unreached: list[int]) -> None:
 
 
 def _check_losses(losses: list[Tensor]) -> None:
-    """Of a whole pass, so that the accelerator is not waited for after every batch."""
+    """Once for a whole pass: waiting for the accelerator after every batch would slow it down."""
     values = torch.stack(losses).tolist()
     bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:

@@ -162,7 +162,7 @@ def reached_experts(experts: int, inputs: Iterable[Any], device: torch.device) -
 
 @contextmanager
 def gradient_probe(adapter: LoRAGAAdapter, receivers: dict[str, Receiver]) -> Iterator[Callable[[Tensor], None]]:
-    """All of it at once; everything that is touched is restored on the way out, after an error too.
+    """Run the probe on the adapter's model; everything that is touched is restored on the way out, after an error too.
 
     The model that runs is the adapter's own, not its DDP or DeepSpeed wrapper.
 

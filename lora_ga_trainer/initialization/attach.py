@@ -28,10 +28,12 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     """Make the active adapter of `peft_model` ready for LoRA-GA: delta form, and saving as an ordinary LoRA adapter.
 
     An adapter that has been trained, by LoRA-GA or anything else, becomes the frozen history of a new stage: what the model
-    computes with it is where the new pair starts, and the saved file carries both. The function is the same until
-    `initialize_lora_ga` has run, and after it. Call it before `accelerator.prepare`, so
-    that every backend shards and casts the new parameters like any others. Called again before the initialization, it
-    only takes over the new `config`.
+    computes with it is where the new pair starts, and the saved file carries both. The model's function does not change,
+    neither now nor in `initialize_lora_ga`.
+
+    Call it before `accelerator.prepare`, so that every backend shards and casts the new parameters like any others, and before
+    the optimizer is made, since a new stage has other parameters. Called again before the initialization, it only takes over
+    the new `config`.
 
     Returns:
         the adapter, which is `peft_model.lora_ga` from now on.
@@ -45,7 +47,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     check_lora_config(peft_model.peft_config[adapter_name], adapter_name)
     check_own_adapter(peft_model)
     check_task(peft_model, adapter_name)
-    former = _attached(peft_model)
+    former = attached(peft_model)
     if former is not None and former.name == adapter_name:
         return _take_over(former, config)
     if former is not None:
@@ -57,6 +59,11 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     check_targets(layers, adapter_name)
     weights = adapted_weights(layers, adapter_name)
     earlier_ranks = {name: weight.rank for name, weight in weights.items()} if is_trained(weights, config) else {}
+    if config.ga_stage_rank is not None and not earlier_ranks:
+        raise ValueError(
+            f"`ga_stage_rank` is {config.ga_stage_rank}, but the adapter {adapter_name!r} is new, and its rank is that of its "
+            "`LoraConfig(r=...)`. Leave `ga_stage_rank` out: it is for a stage that starts from a trained adapter."
+        )
     ranks = {name: config.ga_stage_rank or (r + 1) // 2 for name, r in earlier_ranks.items()}
     for name, weight in weights.items():
         check_sketch_size(name, ranks.get(name, weight.rank), config)
@@ -97,7 +104,7 @@ def _active_adapter(peft_model: PeftModel) -> str:
     return adapter_names[0]
 
 
-def _attached(peft_model: PeftModel) -> LoRAGAAdapter | None:
+def attached(peft_model: PeftModel) -> LoRAGAAdapter | None:
     """The LoRA-GA adapter that the model has, if it has not been deleted since."""
     former = vars(peft_model).get("lora_ga")
     return None if former is None or former.is_deleted else former

@@ -87,8 +87,8 @@ class FoundFactors(NamedTuple):
 def weight_spectra(adapter: LoRAGAAdapter, mine: set[str], config: LoRAGAArguments) -> dict[str, Tensor]:
     """The R leading singular values of W, dequantized, for the weights that this process factors; of experts those of all.
 
-    Sharded weights are gathered one after another, so that no two ever stand on a process; all take part. What is computed on
-    one meanwhile is a few thin products, which the others hardly wait for.
+    Sharded weights are gathered one after another, so that no two ever stand on a process; all take part. The owner's
+    thin products are quick, so that the others hardly wait.
 
     Raises:
         RuntimeError: on all processes, if one of them ran out of memory or found no singular values.

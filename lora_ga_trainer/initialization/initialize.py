@@ -1,6 +1,6 @@
 """LoRA-GA's initialization of a PEFT model, whole: probe the gradient, factor it, write A0 and B0.
 
-`initialize_lora_ga` is for people with their own loop; `LoRAGASFTTrainer` calls the same function. `restart_lora_ga` does it
+`initialize_lora_ga` is for people with their own loop; the trainers run the same initialization. `restart_lora_ga` does it
 again in the middle of training.
 """
 
@@ -21,7 +21,7 @@ from ..gradient.memory import peak_memory
 from ..gradient.objective import Batch, ComputeLoss, Objective
 from ..gradient.restored import preserved_rng
 from ..report import InitReport
-from .attach import attach_lora_ga
+from .attach import attach_lora_ga, attached
 from .factorization import write_all_factors
 
 logger = logging.getLogger(__name__)
@@ -37,17 +37,17 @@ def initialize_lora_ga(
 ) -> InitReport:
     """Initialize the active LoRA adapter of `peft_model` from the gradient of the loss over `batches`.
 
-    Afterwards the model still computes exactly the base function; train it like any `PeftModel`. Its base weights are
-    not written, and its training modes, `requires_grad` flags, hooks and the random state are as they were. If anything
-    fails, no factor has been written: the model computes the base function, and since all of the adapter is zero then, it
-    learns nothing until an initialization has succeeded.
+    Afterwards the model still computes exactly what it did; train it like any `PeftModel`, with an optimizer that is made after
+    this call or after `attach_lora_ga`. Its base weights are not written, and its training modes, `requires_grad` flags, hooks
+    and the random state are as they were. If anything fails, no factor has been written: the model still computes what it did,
+    and since the trained pair and its factors are zero then, it learns nothing until an initialization has succeeded.
 
     With several processes (DDP, DeepSpeed ZeRO, FSDP2) every one has to call it, each with batches of its own, as many as it
     has; the gradient is that of all of them. Pass the module itself, not its DDP or DeepSpeed wrapper. If the model is
     sharded, `attach_lora_ga` has to come before the sharding.
 
     Args:
-        peft_model: from `get_peft_model` with an untrained `LoraConfig` adapter.
+        peft_model: from `get_peft_model`; or with a trained adapter, which is kept, see `attach_lora_ga`.
         batches: what `compute_loss` takes; by default model inputs with `labels`, −100 where a token must not count.
             Read once and kept, since the estimation goes over it `ga_sketch_passes` times; moved to the model's device
             one by one. A look (1.25 passes) is at the first of them.
@@ -65,11 +65,7 @@ def initialize_lora_ga(
         ValueError: no batch, no label, a loss that is not finite, a target whose gradient is not finite, or next to no
             target that gets one; also what `attach_lora_ga` raises.
     """
-    if not isinstance(config, LoRAGAArguments):
-        raise ValueError(
-            f"`config` is a {type(config).__name__}, but must hold the `ga_*` options: pass `LoRAGAArguments(...)` or a "
-            "`LoRAGASFTConfig`."
-        )
+    check_config(config)
     return start_from_gradient(attach_lora_ga(peft_model, config), batches, config, compute_loss, disable_tqdm)
 
 
@@ -102,7 +98,25 @@ def restart_lora_ga(
     Raises:
         ValueError: the adapter has not been initialized yet, `ga_offset` is or was False, or what `initialize_lora_ga` raises.
     """
-    return restart_from_gradient(peft_model.lora_ga, batches, config, optimizer, compute_loss, disable_tqdm)
+    check_config(config)
+    adapter = attached(peft_model)
+    if adapter is None:
+        raise ValueError(
+            "The model has no LoRA-GA adapter, so there is nothing to restart. Call `initialize_lora_ga(...)` first."
+        )
+    return restart_from_gradient(adapter, batches, config, optimizer, compute_loss, disable_tqdm)
+
+
+def check_config(config: LoRAGAArguments) -> None:
+    """
+    Raises:
+        ValueError: it holds no `ga_*` options.
+    """
+    if not isinstance(config, LoRAGAArguments):
+        raise ValueError(
+            f"`config` is a {type(config).__name__}, but must hold the `ga_*` options: pass `LoRAGAArguments(...)` or a "
+            "`LoRAGASFTConfig`."
+        )
 
 
 def start_from_gradient(
@@ -217,7 +231,7 @@ def rates_to_match(
 
 
 def _tell_of_memory(adapter: LoRAGAAdapter, config: LoRAGAArguments) -> None:
-    """Before it is taken."""
+    """Log how much memory the estimation will take."""
     if adapter.is_initialized or rank() != 0:
         return
     gibibytes = sum(accumulator_bytes(weight, config) for weight in adapter.weights.values()) / 2**30

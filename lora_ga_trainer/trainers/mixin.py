@@ -73,7 +73,7 @@ class LoRAGAMixin(Base):
 
         class MyTrainer(LoRAGAMixin, Trainer): ...
 
-    The trainer's arguments stay the same: `model` is a `PeftModel` with an untrained LoRA adapter, or becomes one in the
+    The trainer's arguments stay the same: `model` is a `PeftModel` with a LoRA adapter, new or trained, or becomes one in the
     trainer's own `__init__`; `args` hold the `ga_*` options, as `LoRAGATrainingArguments` do. The gradient is that of the mean
     of `compute_loss` over the sampled examples. Everything else is as in `LoRAGASFTTrainer`.
 
@@ -147,7 +147,7 @@ class LoRAGAMixin(Base):
         if self.args.should_save:
             check_writable(self.output_path)
         launch = launch_of(self.accelerator, self.model)
-        # if it was a string, it has been parsed
+        # TrainingArguments has parsed a JSON string into a dict
         how: Any = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
         check_checkpointing(launch, use_reentrant=how.get("use_reentrant", False))
         check_fsdp2(self.accelerator, self.args.torch_compile)
@@ -195,7 +195,7 @@ class LoRAGAMixin(Base):
             self.initialize_adapter()
         restarts = self.model.lora_ga.state.restarts
         last = [self.lora_ga_report, *restarts][-1].metrics()
-        if not any(last.items() <= entry.items() for entry in state.log_history):
+        if not any(last.items() <= entry.items() for entry in state.log_history):  # that of a resumed run may have it
             self.unlogged = last
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
             logger.warning(
@@ -272,7 +272,7 @@ class LoRAGAMixin(Base):
     def estimation_batch_size(self) -> int:
         """`ga_batch_size`, or half of what training takes at once (`auto_find_batch_size` lowers it): fewer activations make
         room for the sketch."""
-        # With gradient checkpointing and small batches, this saves too few; see docs/how_it_works.md, "Its memory".
+        # With gradient checkpointing and small batches, this saves too little; see docs/how_it_works.md, "Its memory".
         # The estimation runs on one device, even if `nn.DataParallel` trains on several.
         training: Any = self._train_batch_size  # set before training begins
         return self.args.ga_batch_size or max(1, training // (2 * max(1, self.args.n_gpu)))
@@ -332,7 +332,7 @@ class LoRAGAMixin(Base):
             check_resuming(launch, self.args.device)
             resume_from_checkpoint = str(directory)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if output.global_step == 0 < self.state.max_steps:  # Trainer only warns of this
+        if output.global_step == 0 and self.state.max_steps > 0:  # Trainer only warns of this
             raise ValueError(
                 f"None of {self.state.max_steps:,} steps was trained: the training set gave no example after LoRA-GA had "
                 "drawn its sample from it. A stream must start over each time it is read: give "
@@ -422,5 +422,6 @@ class LoRAGAMixin(Base):
 
     @contextmanager
     def unchanged_metrics(self) -> Iterator[None]:
-        """Estimation is not training: while inside, metrics start empty; afterwards they are restored."""
+        """Estimation is not training: trainers that keep metrics between log entries restore them afterwards. A plain one keeps
+        none."""
         yield

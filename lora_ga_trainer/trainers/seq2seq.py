@@ -48,7 +48,7 @@ class LoRAGASeq2SeqTrainer(LoRAGAMixin, TokenMeanSeq2SeqTrainer):
 
     `args` may be a `LoRAGASeq2SeqConfig`, or a `Seq2SeqTrainingArguments` or `TrainingArguments`, which get the default
     `ga_*` options. `model` is an encoder-decoder model, to which `peft_config` (default: the paper's) adds the adapter, or a
-    `PeftModel` with an untrained LoRA adapter. Everything else is as in `LoRAGASFTTrainer`.
+    `PeftModel` with a LoRA adapter, new or trained. Everything else is as in `LoRAGASFTTrainer`.
 
     Raises:
         ValueError: the model is no encoder-decoder, both a `PeftModel` and a `peft_config` are given, or embeddings are shared

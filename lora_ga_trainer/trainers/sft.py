@@ -30,15 +30,15 @@ class LoRAGASFTTrainer(LoRAGATRLMixin, SFTTrainer):
 
     `args` may be a `LoRAGASFTConfig`, or an `SFTConfig` or `TrainingArguments`, which get the default `ga_*` options.
     `peft_config` must be a `LoraConfig`; without one the paper's is used (r 8, α 16, rsLoRA, all linear layers). The
-    model may also be a `PeftModel` with an untrained LoRA adapter.
+    model may also be a `PeftModel` with a LoRA adapter, new or trained.
 
     The initialization runs when `train()` begins, on the model that trains, and is skipped when resuming. The base
     weights are never written. `save_model` and every checkpoint hold an ordinary LoRA adapter of rank 2r that stock PEFT
     loads on the untouched base model.
 
     Raises:
-        ValueError: the `LoraConfig` asks for another initialization or adapter kind, the adapter has been initialized or
-            trained already, a dataset is empty or its columns are not those that TRL reads, or the model is an
+        ValueError: the `LoraConfig` asks for another initialization or adapter kind, the adapter has been initialized in this
+            process already, a dataset is empty or its columns are not those that TRL reads, or the model is an
             encoder-decoder; from `train`, what `initialize_lora_ga` raises.
     """
 
