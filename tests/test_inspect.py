@@ -23,7 +23,7 @@ from lora_ga_trainer.cli.__main__ import main
 from lora_ga_trainer.inspection import figures
 from lora_ga_trainer.inspection.comparison import compare, run_names
 from lora_ga_trainer.inspection.layer_names import layer_grid
-from lora_ga_trainer.inspection.run_page import draw, inspect, read_snapshots
+from lora_ga_trainer.inspection.run_page import draw, inspect, layer_table, read_snapshots
 from lora_ga_trainer.inspection.runs import Log, read_log
 from lora_ga_trainer.report import InitReport
 
@@ -73,6 +73,14 @@ def test_the_spectra_are_those_of_autograds_gradient():
         # float32 gradients of float32 models; the smallest of the 2r is a hundredth of the largest or more
         assert report.singular_values[name] == pytest.approx(s[:8].tolist(), rel=1e-3)
         assert report.gradient_norm[name] == pytest.approx(grad_OI.norm().item(), rel=1e-4)
+
+
+def test_idle_layers_are_in_the_table():
+    """After the others, without numbers."""
+    report = InitReport({"a": 0.5}, 1, 0.1, None, [0], {"a": [2.0, 1.0]}, {"a": 3.0}, {"a": 1.0}, idle=["b"])
+    table = layer_table(report)
+    assert "<td>a</td><td class=number>0.5000</td>" in table and table.index("<td>a</td>") < table.index("<td>b</td>")
+    assert "<td>b</td><td class=number>no gradient</td><td class=number>–</td>" in table
 
 
 def test_a_file_without_spectra_loads_and_is_shown(run, tmp_path):

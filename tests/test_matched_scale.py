@@ -212,6 +212,14 @@ def test_an_optimizer_that_trains_neither_factor_is_an_error(make_trainer):
     assert trainer.lora_ga_report is None
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"), [({}, 1), ({"ga_scale": "stable"}, 0), ({"ga_learning_rate": 1e-3}, 0)], ids=str
+)
+def test_a_loop_that_does_not_say_its_rate_is_told(options, warned, caplog):
+    initialize_lora_ga(get_peft_model(tiny_model(), lora_config()), tiny_batches(), LoRAGAArguments(**options))
+    assert caplog.text.count("`ga_learning_rate` is not set") == warned
+
+
 def test_a_loop_without_a_trainer_has_to_say_its_rate():
     model = get_peft_model(tiny_model(), lora_config())
     with pytest.raises(ValueError, match="`ga_learning_rate` is None, but .* Pass the peak learning rate"):

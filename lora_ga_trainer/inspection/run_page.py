@@ -175,7 +175,7 @@ def sections(path: Path, last: Snapshot, notes: list[str], pictures: list[Pictur
 
 
 def layer_table(report: InitReport) -> str:
-    """Every layer's alignment and, where known, its gradient's norm and how much of it the leading 2r hold."""
+    """Every layer's alignment and, where known, its gradient's norm and how much of it the leading 2r hold. Idle ones last."""
     header, rows = ["layer", "alignment"], []
     known = bool(report.singular_values)
     if known:
@@ -186,4 +186,5 @@ def layer_table(report: InitReport) -> str:
             values, norm = report.singular_values[name], report.gradient_norm[name]
             row += [f"{norm:.3e}", f"{values[0]:.3e}", f"{sum(value**2 for value in values) / norm**2:.4f}"]
         rows.append(row)
+    rows += [[name, "no gradient", *["–"] * (len(header) - 2)] for name in report.idle]
     return number_table(header, rows, "layers")
