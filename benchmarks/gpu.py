@@ -118,7 +118,6 @@ METHODS = [
     {"method": "rslora"},
     {"method": "lora_ga"},
     {"method": "lora_ga", "ga_scale": "stable", "ga_gamma": 16},
-    {"method": "lora_ga", "ga_scale": "stable", "ga_gamma": 1600},
 ]
 
 

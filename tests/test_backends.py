@@ -376,7 +376,7 @@ def test_only_the_sketches_are_all_reduced(launched):
     tiny = Model("tiny", layers=2, hidden=48, intermediate=80, key_value=24)
     report = launched["checkpointing"]["report"]
     assert report.all_reduced_bytes == sketch_bytes(tiny, width=10)
-    assert "MiB per process all-reduced in passes 1 to 2" in report.summary()
+    assert "MiB per process all-reduced, pass by pass" in report.summary()
     assert launched["plain"]["report"].all_reduced_bytes == exact_bytes(tiny)
 
 

@@ -731,7 +731,7 @@ def test_the_wrong_order_of_bases_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peft_config": lora_config(use_dora=True)}, "DoRA trains a magnitude .* use the trainer without LoRA-GA"),
+        ({"peft_config": lora_config(use_dora=True)}, "DoRA trains a magnitude .* use TRL's own trainer"),
         ({"train_dataset": Dataset.from_list([])}, "training set has no example, so"),
     ],
 )

@@ -122,9 +122,9 @@ def moved_at_random(model) -> None:
                 parameter += 0.05 * torch.randn_like(parameter)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """w0, w1, …"""
-    words = [f"w{i}" for i in range(VOCABULARY - 4)]
+def word_tokenizer(last_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """w0, w1, …; `last_words` take the place of the last of them."""
+    words = [*(f"w{i}" for i in range(VOCABULARY - 4 - len(last_words))), *last_words]
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

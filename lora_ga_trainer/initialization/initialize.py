@@ -69,8 +69,8 @@ def initialize_lora_ga(
     if config.ga_scale is None and config.scale == "stable" and rank() == 0:
         logger.warning(
             "`ga_learning_rate` is not set, so the factors have the size of the paper's scale (`ga_scale='stable'`), which "
-            "wants the small learning rates of full fine-tuning. Pass the peak learning rate of your optimizer as `ga_learning_rate` "
-            "to have them sized by it, or `ga_scale='stable'` to silence this warning."
+            "wants the small learning rates of full fine-tuning. Pass the peak learning rate of your optimizer as "
+            "`ga_learning_rate` to have them sized by it, or `ga_scale='stable'` to silence this warning."
         )
     return start_from_gradient(attach_lora_ga(peft_model, config), batches, config, compute_loss, disable_tqdm)
 
