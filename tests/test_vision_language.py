@@ -6,6 +6,7 @@ import re
 import dense_reference
 import pytest
 import torch
+from launching import torchrun
 from peft import PeftModel, get_peft_model
 from test_probe import estimated_gradients, largest_relative_error
 from tiny import lora_config, sft_arguments
@@ -149,3 +150,17 @@ def test_with_pali_gemma_trl_itself_takes_no_completion(tmp_path):
     trainer = trainer_of("paligemma", tmp_path, rows((1,)), SFTTrainer)
     with pytest.raises(ValueError, match="`images` are expected"):
         trainer.train()
+
+
+def test_pictures_on_two_processes(tmp_path):
+    """What is found is what one process finds, though only one of two may have pictures in a batch; and both train."""
+    import pictures_worker  # which imports this module
+
+    first, second = torchrun("pictures_worker.py", tmp_path)
+    for family in pictures_worker.FAMILIES:
+        report = pictures_worker.found_by(family, tmp_path / "alone" / family)
+        for found in (first[family], second[family]):
+            assert found.num_items == report.num_items and found.idle == report.idle
+            # float32, in another order, and padded to others
+            assert found.gradient_norm == pytest.approx(report.gradient_norm, rel=1e-4)
+            assert found.alignment == pytest.approx(report.alignment, rel=1e-3)
