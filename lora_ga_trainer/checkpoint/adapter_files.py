@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from ..compatibility import without_other_adapters
 from ..distributed.backends import compute_device, full_shape, full_tensor, gather_objects, is_sharded, write_parameter
 from .layouts import LAYOUTS, Layout
 from .model_card import create_or_update_model_card
-from .scaling import name_in_patterns, with_form
+from .scaling import form_of
 from .state import check_same_run, write_state
 
 FROZEN_FILE = "lora_ga.tensors"
@@ -54,14 +53,8 @@ def ranks_in_file(adapter: LoRAGAAdapter, restarts: int) -> dict[str, int]:
 @contextmanager
 def config_as_in_file(adapter: LoRAGAAdapter) -> Iterator[LoraConfig]:
     """While inside, the adapter's `LoraConfig` is that of its file, which has the matrices that its layers present."""
-    trained, in_file = adapter.lora_config, ranks_in_file(adapter, len(adapter.state.restarts))
-    names = {name: name_in_patterns(weight.key) for name, weight in adapter.weights.items()}
-    presented = with_form(
-        trained,
-        mode(in_file.values()),
-        {names[name]: rank for name, rank in in_file.items()},
-        {names[name]: weight.scaling for name, weight in adapter.weights.items()},
-    )
+    trained = adapter.lora_config
+    presented = form_of(trained, adapter.weights, ranks_in_file(adapter, len(adapter.state.restarts)))
     try:
         adapter.model.peft_config[adapter.name] = presented
         yield presented

@@ -7,10 +7,13 @@ PEFT and vLLM read `use_rslora`. Readers of α/r do not, and would be off by a f
 import copy
 import math
 from collections.abc import Iterable
+from statistics import mode
 from typing import TypeVar
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+
+from ..adapter.weight import AdaptedWeight
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module in its files, but not in patterns."""
@@ -59,6 +62,17 @@ def plain_form(config: LoraConfig, modules: Iterable[str], times: int = 1) -> Lo
     ranks = {name: times * rank_of(config, name) for name in names}
     scalings = {name: scaling_of(config, name) for name in names}
     return with_form(config, times * config.r, ranks, scalings)
+
+
+def form_of(config: LoraConfig, weights: dict[str, AdaptedWeight], ranks: dict[str, int]) -> LoraConfig:
+    """`config` for the `weights` of a model at these `ranks`, both by name, with their scalings in plain form."""
+    keys = {name: name_in_patterns(weight.key) for name, weight in weights.items()}
+    return with_form(
+        config,
+        mode(ranks.values()),
+        {keys[name]: rank for name, rank in ranks.items()},
+        {keys[name]: weight.scaling for name, weight in weights.items()},
+    )
 
 
 def with_form(config: LoraConfig, r: int, ranks: dict[str, int], scalings: dict[str, float]) -> LoraConfig:

@@ -17,9 +17,10 @@ from ..arguments import LoRAGAArguments
 from ..checkpoint.adapter_files import bind_files, file_has_embeddings
 from ..checkpoint.in_memory import guard_helpers
 from ..checkpoint.provenance import forget_changed_base
+from ..checkpoint.scaling import form_of
 from ..distributed.backends import exclude_from_ddp_broadcast, rank
 from ..gradient.estimation import check_sketch_size
-from .stages import config_of_stage, is_trained
+from .stages import is_trained
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     for name, weight in weights.items():
         attach_delta_form(weight.layer, adapter_name, config.ga_offset, ranks.get(name))
     if earlier_ranks:
-        peft_model.peft_config[adapter_name] = config_of_stage(peft_model.peft_config[adapter_name], weights)
+        peft_model.peft_config[adapter_name] = form_of(peft_model.peft_config[adapter_name], weights, ranks)
     lora_config = peft_model.peft_config[adapter_name]
     state = LoRAGAState.before_init(lora_config, adapter_name, config, has_embeddings, earlier_ranks)
     adapter = LoRAGAAdapter(peft_model, weights, state)

@@ -4,10 +4,9 @@ What the adapter has learned is kept, frozen, behind a new pair of any rank, as 
 keeps the adapter's scaling s, so that its matrices go into the new file as they are.
 """
 
-from statistics import mode
 from typing import TypeGuard
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.weight import AdaptedWeight
 from ..arguments import LoRAGAArguments
-from ..checkpoint.scaling import PREFIX, name_in_patterns, with_form
+from ..checkpoint.scaling import PREFIX
 
 
 def is_trained(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> bool:
@@ -32,15 +31,6 @@ def is_trained(weights: dict[str, AdaptedWeight], config: LoRAGAArguments) -> bo
             "(`model = model.merge_and_unload()`)."
         )
     return trained is not None
-
-
-def config_of_stage(config: LoraConfig, weights: dict[str, AdaptedWeight]) -> LoraConfig:
-    """The `config` of a trained adapter with the ranks of the new pairs, and with the same scalings."""
-    names = {name: name_in_patterns(weight.key) for name, weight in weights.items()}
-    ranks = {names[name]: weight.rank for name, weight in weights.items()}
-    return with_form(
-        config, mode(ranks.values()), ranks, {names[name]: weight.scaling for name, weight in weights.items()}
-    )
 
 
 def carries_adapter(model: object) -> TypeGuard[PreTrainedModel]:
