@@ -3,6 +3,7 @@
 import importlib
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import convergence
 import convergence_report
@@ -10,11 +11,12 @@ import pytest
 import yaml
 from finetuning.run import parse
 from measuring.results import Results
+from methods.table import METHODS
 from recipe_cases import options, write
 from sweeps import training
 from sweeps.analysis import Arm, near_best, steps_to
 from sweeps.grids import arm_of, grid_runs
-from sweeps.peft_lora_ga import with_pefts_lora_ga
+from sweeps.peft_lora_ga import PEFTS
 
 TASK = {"recipe": "metamath", "r": 8, "max_steps": 60}
 
@@ -195,7 +197,7 @@ def test_every_run_of_the_sweeps_at_hand_is_one_that_its_recipe_takes(name):
             if key not in ("recipe", "threads")
             for text in (f"--{key}", str(value))
         ]
-        with with_pefts_lora_ga():
+        with patch.dict(METHODS, PEFTS):
             parsed = parse(recipe, [*argv, "--bf16", "false"])  # bf16 wants the hardware
         assert parsed.model.method == settings["method"]
     by_arm = {}

@@ -5,11 +5,10 @@ riemannian, rslora_riemannian    AdamW on gradients in the metric of the product
 muon, rslora_muon                momenta with all singular values made equal (torch.optim.Muon), at AdamW's size of step
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from methods.table import LORA_GA, METHODS, STOCK, Method, Trainers, lora
+from methods.table import LORA_GA, STOCK, Method, Trainers, lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from trl import SFTTrainer
@@ -83,18 +82,9 @@ def method(optimizer: type, trainer: type[SFTTrainer], adapter: Callable, traine
     return Method(trainers._replace(causal=type("Trainer", (optimizer, trainer), {})), adapter)
 
 
-@contextmanager
-def with_optimizers() -> Iterator[None]:
-    """While inside, the four are among the recipes' methods."""
-    added = {
-        "riemannian": method(Riemannian, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
-        "muon": method(Muon, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
-        "rslora_riemannian": method(Riemannian, SFTTrainer, lora(use_rslora=True), STOCK),
-        "rslora_muon": method(Muon, SFTTrainer, lora(use_rslora=True), STOCK),
-    }
-    METHODS.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del METHODS[name]
+OPTIMIZERS = {
+    "riemannian": method(Riemannian, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
+    "muon": method(Muon, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
+    "rslora_riemannian": method(Riemannian, SFTTrainer, lora(use_rslora=True), STOCK),
+    "rslora_muon": method(Muon, SFTTrainer, lora(use_rslora=True), STOCK),
+}

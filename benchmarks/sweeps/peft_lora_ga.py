@@ -1,11 +1,8 @@
 """PEFT's own LoRA-GA as one more `--method` of the recipes, `peft_lora_ga`: what ours is compared with."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from costs.models import TARGETS
-from methods.table import METHODS, STOCK, Method
+from methods.table import STOCK, Method
 from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM
@@ -50,11 +47,5 @@ def adapter(r: int, target_modules: list[str], **shared) -> LoraConfig:
     )
 
 
-@contextmanager
-def with_pefts_lora_ga() -> Iterator[None]:
-    """While inside, `--method peft_lora_ga` is one of the recipes' methods. What it saves does not fit the untouched base."""
-    METHODS["peft_lora_ga"] = Method(STOCK._replace(causal=PEFTLoRAGASFTTrainer), adapter)
-    try:
-        yield
-    finally:
-        del METHODS["peft_lora_ga"]
+PEFTS = {"peft_lora_ga": Method(STOCK._replace(causal=PEFTLoRAGASFTTrainer), adapter)}
+"""What it saves does not fit the untouched base."""

@@ -9,13 +9,12 @@ and a budget buys most if it always goes to the layer where the next rank is wor
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from methods.table import LORA_GA, METHODS, Method, lora
+from methods.table import LORA_GA, Method, lora
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
@@ -113,12 +112,7 @@ class EnergySFTTrainer(RankedSFTTrainer):
     by_share = False
 
 
-@contextmanager
-def with_ranks() -> Iterator[None]:
-    """While inside, `--method ranked` is one of the recipes' methods."""
-    METHODS["ranked"] = Method(LORA_GA._replace(causal=RankedSFTTrainer), lora(use_rslora=True))
-    METHODS["ranked_by_energy"] = Method(LORA_GA._replace(causal=EnergySFTTrainer), lora(use_rslora=True))
-    try:
-        yield
-    finally:
-        del METHODS["ranked"], METHODS["ranked_by_energy"]
+RANKED = {
+    name: Method(LORA_GA._replace(causal=trainer), lora(use_rslora=True))
+    for name, trainer in {"ranked": RankedSFTTrainer, "ranked_by_energy": EnergySFTTrainer}.items()
+}

@@ -7,16 +7,18 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from finetuning.recipe import Options, Recipe
 from finetuning.run import check_evaluation, parse
 from measuring.hardware import finish
+from methods.table import METHODS
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
-from sweeps.optimizers import with_optimizers
-from sweeps.peft_lora_ga import with_pefts_lora_ga
-from sweeps.ranks import with_ranks
+from sweeps.optimizers import OPTIMIZERS
+from sweeps.peft_lora_ga import PEFTS
+from sweeps.ranks import RANKED
 
 
 class Stopwatch(TrainerCallback):
@@ -41,7 +43,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     options = [(name, value) for name, value in settings.items() if name not in ("recipe", "threads")]
     argv = [text for name, value in options for text in (f"--{name}", str(value))]
     torch.set_num_threads(settings["threads"])
-    with with_pefts_lora_ga(), with_optimizers(), with_ranks():
+    with patch.dict(METHODS, PEFTS | OPTIMIZERS | RANKED):
         return train_and_evaluate(recipe, parse(recipe, argv))
 
 
