@@ -12,8 +12,9 @@ from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.te import TeLinear
+from test_families import FAMILIES, PARAMETERS
 from test_probe import checkpointed, estimated_gradients, largest_relative_error
-from tiny import VOCABULARY, lora_config, sft_arguments, tiny_batches, word_problems, word_tokenizer
+from tiny import VOCABULARY, lora_config, random_model, sft_arguments, tiny_batches, word_problems, word_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -188,6 +189,64 @@ def test_gradient_is_autograds_at_the_dequantized_weights(folder, kind, checkpoi
     assert largest_relative_error(found, dense_reference.autograd_gradients(twin, found, batches)) < 1e-5
     unquantized = dense_reference.autograd_gradients(dense_model(), found, batches)
     assert largest_relative_error(found, unquantized) > 1e-3, "it would have passed on any weights"
+
+
+# --- every architecture ---------------------------------------------------------------------------------------------
+
+WIDTHS = {
+    "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "head_dim", "q_lora_rank",
+    "shared_expert_intermediate_size", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "v_head_dim",
+    "time_step_rank", "mamba_d_ssm", "mamba_d_head", "d_model", "d_kv", "d_ff", "n_embd", "ffn_dim", "word_embed_proj_dim",
+    "encoder_ffn_dim", "decoder_ffn_dim", "rotary_dim",
+}  # fmt: skip
+UNQUANTIZED = {
+    "mamba": ["dt_proj", "out_proj", "lm_head"],  # read as bare weights
+    "switch_transformers": ["wo", "lm_head"],  # read for their dtype; T5 keeps its own in float32 by itself
+}
+"""What transformers itself could not run in 4 bits, with the head, which it leaves out only if it is told nothing.
+
+It quantizes nothing of Falcon, whose layers are a class of its own.
+"""
+
+
+def in_4_bits(family, folder):
+    """(the configuration in sizes that bitsandbytes can block, multiples of 32, the folder's model in 4 bits)."""
+    config = FAMILIES[family][0]()
+    for name in {config.attribute_map.get(name, name) for name in WIDTHS}:
+        if getattr(config, name, None):
+            setattr(config, name, 16 * getattr(config, name))
+    base = random_model(config).eval()
+    base.save_pretrained(folder)
+    nf4 = bnb_config(4)
+    nf4.llm_int8_skip_modules = UNQUANTIZED.get(family)
+    return base, lambda: type(base).from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("falcon") or "h1" in family])
+def test_4_bits_in_every_family(family, tmp_path):
+    twin, load = in_4_bits(family, tmp_path)
+    lora = {"target_modules": FAMILIES[family][1], "target_parameters": PARAMETERS.get(family), "task_type": None}
+    quantized, batches = load(), tiny_batches((3, 5))
+    names = [name for name, module in quantized.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert names
+    for name in names:  # GPT-2's weights lie the other way round
+        weight = twin.get_submodule(name).weight
+        found = dequantized(quantized.get_submodule(name))
+        weight.data.copy_(found.T if type(twin.get_submodule(name)).__name__ == "Conv1D" else found)
+    model = adapted(load(), **lora)
+    found = estimated_gradients(model, batches)
+    # float32, through two layers
+    assert largest_relative_error(found, dense_reference.autograd_gradients(twin, found, batches)) < 1e-5
+    model = adapted(load(), **lora)
+    before = stored(model)
+    initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+
+    def run(model):
+        torch.manual_seed(0)  # of dropout, in training mode: see `logits`
+        with torch.no_grad():
+            return model.train()(**batches[0]).logits
+
+    assert torch.equal(run(model), run(quantized)) and same_bytes(stored(model), before)
 
 
 @BNB_KINDS

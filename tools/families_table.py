@@ -21,6 +21,7 @@ COLUMNS = {
     "start is bit-exact in fp32, bf16, fp16": "test_the_logits_are_the_bases_bit_for_bit",
     "resumes bit for bit, stock PEFT loads it, merges": "test_it_resumes_and_stock_peft_loads_and_merges_what_was_trained",
     "FSDP2 on two processes": "test_under_fsdp2_every_architecture_gets_the_factors_of_the_whole_model",
+    "on a base in 4 bits (NF4)": "test_4_bits_in_every_family",
 }
 """Of the table: the test whose cases it sums up."""
 WITH_PICTURES = {
@@ -44,7 +45,10 @@ pictures only. Videos have not been tried.
 
 {with_pictures}
 
-4-bit and 8-bit bases are tested on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
+With a base in 4 bits, the gradient is autograd's at the dequantized weights and the start is bit-exact. bitsandbytes quantizes
+linear layers only, so a mixture's experts stay as they were loaded; transformers gives it nothing of Falcon's, and Mamba's
+`dt_proj` and `out_proj` and Switch Transformers' `wo` must be left out (`llm_int8_skip_modules`, with `lm_head`). 8 bits are
+tested on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
 ZeRO-3, on a mixture of experts ([Several GPUs](distributed.md)).
 """
 
@@ -72,11 +76,11 @@ def in_words(passed: list[bool] | None) -> str:
 
 
 def main() -> None:
-    found = outcomes(COLUMNS, FAMILIES, "test_families.py", "test_backends.py")
+    found = outcomes(COLUMNS, FAMILIES, "test_families.py", "test_backends.py", "test_quantized.py")
     rows = []
     for family, (_, targets) in FAMILIES.items():
         names = ["all-linear"] if targets == "all-linear" else targets
-        cells = [in_words(found[test, family]) for test in COLUMNS.values()]
+        cells = [in_words(found.get((test, family))) for test in COLUMNS.values()]
         rows.append([family, ", ".join(f"`{name}`" for name in [*names, *PARAMETERS.get(family, [])]), *cells])
     table = markdown_table(["", "targets", *COLUMNS], rows)
     seen = outcomes(WITH_PICTURES, VISION_FAMILIES, "test_vision_language.py")

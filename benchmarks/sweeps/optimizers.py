@@ -3,6 +3,8 @@
 riemannian, rslora_riemannian    AdamW on gradients in the metric of the product (arXiv 2402.02347, equation 4):
                                  (BᵀB)⁻¹ ∂L/∂A and ∂L/∂B (AAᵀ)⁻¹, with A = A0 + dA and B = B0 + dB where there are such
 muon, rslora_muon                momenta with all singular values made equal (torch.optim.Muon), at AdamW's size of step
+rite, rslora_rite                LoRA-RITE (arXiv 2410.20625, algorithm 1): moments of ∂L/∂W through an orthonormal basis of the other
+                                 factor, carried along as that basis turns, so that only B A decides how W moves
 """
 
 from collections.abc import Callable
@@ -78,6 +80,65 @@ class Muon:
         return self.optimizer
 
 
+class Seen:
+    """∂L/∂W through the column space of the other factor F (M×R), of which LoRA-RITE keeps moments: R×N.
+
+    With F = Q T (Q orthonormal) the gradient of this factor is Tᵀ (Qᵀ ∂L/∂W), and a step D of it moves W by Q (T D).
+    """
+
+    BETAS = 0.9, 0.999
+
+    def __init__(self):
+        self.steps, self.escaped = 0, 0.0
+
+    def step(self, F_MR: Tensor, gradient_RN: Tensor) -> Tensor:
+        """What the factor moves by at a rate of one."""
+        Q_MR, T_RR = torch.linalg.qr(F_MR)
+        inverse = torch.linalg.pinv(T_RR, rtol=1e-4)
+        seen_RN = inverse.T @ gradient_RN
+        square_RR = seen_RN @ seen_RN.T / seen_RN.shape[1]
+        if self.steps == 0:
+            self.Q, self.second, self.first = Q_MR, torch.zeros_like(square_RR), torch.zeros_like(seen_RN)
+        first, second = self.BETAS
+        turn_RR = Q_MR.T @ self.Q
+        turned = turn_RR @ self.second @ turn_RR.T
+        left_behind = (torch.linalg.eigvalsh(self.second) - torch.linalg.eigvalsh(turned)).abs().max()
+        self.escaped = second * (self.escaped + float(left_behind))
+        self.second = second * turned + (1 - second) * square_RR
+        self.steps += 1
+        values, vectors = torch.linalg.eigh(
+            (self.second + self.escaped * torch.eye(len(turned))) / (1 - second**self.steps)
+        )
+        root = vectors * values.clamp(min=1e-16).rsqrt() @ vectors.T
+        self.first = first * turn_RR @ self.first + (1 - first) * root @ seen_RN
+        self.Q = Q_MR
+        return inverse @ self.first / (1 - first**self.steps)
+
+
+class RITE(torch.optim.Optimizer):
+    def __init__(self, pairs: list[Pair], lr: float):
+        self.pairs, self.seen = pairs, [(Seen(), Seen()) for _ in pairs]
+        super().__init__([parameter for pair in pairs for parameter in pair.trained], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        (group,) = self.param_groups
+        for pair, (of_A, of_B) in zip(self.pairs, self.seen, strict=True):
+            (A, B), (trained_A, trained_B) = pair.factors, pair.trained
+            for_B = of_B.step(A.T, trained_B.grad.T).T
+            if B.any():
+                trained_A -= group["lr"] * of_A.step(B, trained_A.grad)
+            trained_B -= group["lr"] * for_B
+
+
+class Rite:
+    """For a `Trainer`."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer = RITE(pairs_of(self.model), self.args.learning_rate)
+        return self.optimizer
+
+
 def method(optimizer: type, trainer: type[SFTTrainer], adapter: Callable, trainers: Trainers) -> Method:
     return Method(trainers._replace(causal=type("Trainer", (optimizer, trainer), {})), adapter)
 
@@ -85,6 +146,8 @@ def method(optimizer: type, trainer: type[SFTTrainer], adapter: Callable, traine
 OPTIMIZERS = {
     "riemannian": method(Riemannian, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
     "muon": method(Muon, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
+    "rite": method(Rite, LoRAGASFTTrainer, lora(use_rslora=True), LORA_GA),
+    "rslora_rite": method(Rite, SFTTrainer, lora(use_rslora=True), STOCK),
     "rslora_riemannian": method(Riemannian, SFTTrainer, lora(use_rslora=True), STOCK),
     "rslora_muon": method(Muon, SFTTrainer, lora(use_rslora=True), STOCK),
 }
