@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessorPil,
+    Gemma4Processor,
     GotOcr2ImageProcessorPil,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
@@ -45,10 +54,18 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     SiglipImageProcessorPil,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
 )
 
 SIDE, PATCH = 12, 6
@@ -168,6 +185,69 @@ def qwen3_vl():
     return qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision, ROPE | {"head_dim": 12})
 
 
+LINEAR_ATTENTION = {
+    "head_dim": 12, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+SINCE_3_5 = SINCE_2_5 | {"num_position_embeddings": 16}
+
+
+def qwen3_5():
+    """Every other layer has a recurrent state in the place of attention."""
+    return qwen(Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3VLProcessor, SINCE_3_5, ROPE | LINEAR_ATTENTION)
+
+
+def qwen3_5_moe():
+    experts = {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 28,
+    }  # fmt: skip
+    text = ROPE | LINEAR_ATTENTION | experts
+    return qwen(Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, Qwen3VLProcessor, SINCE_3_5, text)
+
+
+def gemma4():
+    """Its pictures keep their shapes; the key and value of a layer may be one."""
+    named = {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>"}
+    tokenizer = tokenizer_with("<|video|>", **named)
+    ids = {
+        name.replace("token", "token_id"): tokenizer.convert_tokens_to_ids(token)
+        for name, token in (named | {"video_token": "<|video|>"}).items()
+    }
+    text = {
+        **TEXT, "vocab_size": len(tokenizer), "head_dim": 12, "global_head_dim": 24, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": len(tokenizer),
+        "hidden_size_per_layer_input": 8,
+    }  # fmt: skip
+    tower = {
+        name: TOWER[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    vision = tower | {"num_key_value_heads": 4, "head_dim": 8, "patch_size": PATCH, "position_embedding_size": 64}
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **ids)
+    images = Gemma4ImageProcessorPil(patch_size=PATCH, max_soft_tokens=70)
+
+    class WithoutVideos(Gemma4Processor):
+        """As above; without sounds, too."""
+
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+            self.image_seq_length = 70
+            self.boi_token, self.eoi_token, self.image_token = (
+                tokenizer.boi_token,
+                tokenizer.eoi_token,
+                tokenizer.image_token,
+            )
+            self.image_token_id, self.video_token_id = ids["image_token_id"], ids["video_token_id"]
+            self.video_token = "<|video|>"
+            self.audio_token, self.boa_token, self.eoa_token, self.audio_token_id = (
+                "<|audio|>",
+                "<|audio>",
+                "<audio|>",
+                -1,
+            )
+
+    return Gemma4ForConditionalGeneration(config), WithoutVideos(images, tokenizer, chat_template=template("<|image|>"))
+
+
 def gemma3():
     tokenizer = tokenizer_with(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
@@ -233,9 +313,51 @@ def idefics3():
     return Idefics3ForConditionalGeneration(config), processor
 
 
+def smolvlm():
+    tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)}, vision_config=TOWER, scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+
+    class WithoutVideos(SmolVLMProcessor):
+        """As above."""
+
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+            self.image_seq_len = 1
+            self.fake_image_token, self.image_token = "<fake_token_around_image>", "<image>"
+            self.end_of_utterance_token, self.global_image_token = "<end_of_utterance>", "<global-img>"
+            self.image_token_id, self.video_token = config.image_token_id, "<video>"
+            self.video_processor = SimpleNamespace(num_frames=1, fps=1)
+
+    processor = WithoutVideos(images, tokenizer, chat_template=template("<image>"))
+    return SmolVLMForConditionalGeneration(config), processor
+
+
+def idefics2():
+    """A perceiver between the two parts."""
+    tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+    config = Idefics2Config(
+        text_config={"model_type": "mistral", **TEXT, "vocab_size": len(tokenizer)}, vision_config=TOWER,
+        perceiver_config={
+            "hidden_size": 48, "resampler_n_latents": 2, "resampler_depth": 2, "resampler_n_heads": 2,
+            "resampler_head_dim": 12, "num_key_value_heads": 1,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": SIDE, "longest_edge": SIDE}, do_image_splitting=False)
+    processor = Idefics2Processor(images, tokenizer, image_seq_len=2, chat_template=template("<image>"))
+    return Idefics2ForConditionalGeneration(config), processor
+
+
 FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl,
-    "gemma3": gemma3, "internvl": internvl, "paligemma": paligemma, "idefics3": idefics3,
+    "qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe, "gemma3": gemma3, "gemma4": gemma4, "internvl": internvl,
+    "paligemma": paligemma, "idefics2": idefics2, "idefics3": idefics3, "smolvlm": smolvlm,
 }  # fmt: skip
 
 

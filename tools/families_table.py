@@ -41,7 +41,8 @@ this page; "yes" means that every case passed.
 Rows with one picture, two, none, and all of them in one batch; adapters on everything, on names that both parts have, and on
 the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and what
 LLaVA leaves out of it. PaliGemma's processor takes no text without a picture, so TRL trains it on whole conversations with
-pictures only. Videos have not been tried.
+pictures only. Gemma 4's vision tower has wrappers where others have linear layers: its names end in `.linear`
+(`q_proj.linear`), which "all-linear" finds by itself. Videos have not been tried.
 
 {with_pictures}
 
