@@ -4,16 +4,18 @@ What holds for every architecture (exact start, autograd's gradient, stock PEFT,
 """
 
 import copy
+import json
 import math
 
 import dense_reference
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_probe import checkpointed, estimated_gradients, largest_relative_error
-from tiny import VOCABULARY, lora_config, random_model, sft_arguments, tiny_batches
+from tiny import VOCABULARY, lora_config, moved_at_random, random_model, sft_arguments, tiny_batches
 from torch import nn
-from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
 from lora_ga_trainer.adapter import targets
@@ -370,13 +372,84 @@ def test_a_restart_keeps_the_function_and_what_it_saves_loads(family, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("form", [{"rank": 2}, {"fold_scale": True}])
-def test_what_cannot_be_exported_is_refused(form, tmp_path):
-    model, _ = pair(qwen())
-    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds those of all experts.*Export the adapter alone, or merge it"):
-        export(tmp_path / "adapter", tmp_path / "out", **form)
+def moved_adapter(folder, family, offset=True, **lora):
+    """The base in `folder/base` and an adapter of it, with changes as large as its weights, in `folder/adapter`."""
+    model, base = pair(CONFIGS[family](), **lora)
+    base.save_pretrained(folder / "base")
+    config = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact", ga_offset=offset)
+    initialize_lora_ga(model, tiny_batches(), config, disable_tqdm=True)
+    moved_at_random(model)
+    model.save_pretrained(folder / "adapter")
+
+
+def with_peft(folder, adapter):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / adapter)
+
+
+def deltas(model):
+    """ΔW of all that is adapted, of every expert, as stock PEFT computes it."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer.get_delta_weight("default").detach().double() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "no offset"])
+@pytest.mark.parametrize("form", [{"rank": 2}, {"rank": 3, "fold_scale": True}, {"fold_scale": True}], ids=str)
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_another_rank_and_another_scaling(family, form, offset, tmp_path):
+    """Linear layers, routers and experts of unlike ranks."""
+    moved_adapter(tmp_path, family, offset, r=4, rank_pattern={"q_proj": 3, "gate_up_proj": 6})
+    lost = export(tmp_path / "adapter", tmp_path / "out", base_model=tmp_path / "base", **form)
+    document = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert document["rank_pattern"] == {} and not document["use_rslora"]
+    assert "fold_scale" not in form or (document["lora_alpha"], document["alpha_pattern"]) == (document["r"], {})
+    stock, small = with_peft(tmp_path, "adapter"), with_peft(tmp_path, "out")
+    theirs, ours = deltas(stock), deltas(small)
+    assert ours.keys() == theirs.keys() and any(delta.dim() == 3 for delta in theirs.values())
+    rank = form.get("rank", 99)
+    assert lost.keys() == (theirs.keys() if "rank" in form else set())
+    for name, delta in theirs.items():
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        best = u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]
+        # of float32 matrices, multiplied in float32 by PEFT, in sums of up to 24 terms
+        assert (ours[name] - best).norm() < 24**0.5 * 2**-22 * delta.norm(), name
+        if lost:
+            assert lost[name].norm == pytest.approx(delta.norm().item(), rel=1e-5)
+            assert lost[name].error == pytest.approx(s[..., rank:].norm().item(), abs=1e-5 * delta.norm().item())
+    if "rank" in form:
+        assert any(layer.error > 0.01 * layer.norm for layer in lost.values()), "nothing was cut"
+    else:
+        torch.testing.assert_close(logits(small), logits(stock), rtol=0, atol=1e-4 * logits(stock).abs().max().item())
+
+
+def test_a_smaller_rank_is_merged(tmp_path):
+    moved_adapter(tmp_path, "qwen3_moe")
+    how = {"base_model": tmp_path / "base", "rank": 2, "fold_scale": True}
+    export(tmp_path / "adapter", tmp_path / "small", **how)
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, **how)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    expected, whole = logits(with_peft(tmp_path, "small")), logits(with_peft(tmp_path, "adapter"))
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()  # float32: W + ΔW is rounded once more
+    assert (merged - whole).abs().max() > 0.01 * whole.abs().max(), "nothing was cut"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "does not name its base model. Pass `base_model`"),
+        ("absent", "base model .*absent has no configuration here nor on the hub .*Pass `base_model`"),
+        (
+            "other",
+            r"does not fit the base model: only one of them has base_model.model.model.layers.1\..*was trained on",
+        ),
+    ],
+)
+def test_without_its_base_an_adapter_of_experts_keeps_its_rank(base, message, tmp_path):
+    moved_adapter(tmp_path, "qwen3_moe")
+    config = qwen()
+    config.num_hidden_layers = 1
+    random_model(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "adapter", tmp_path / "out", rank=2, base_model=base and tmp_path / base)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .companions import OTHER_WEIGHTS, companions, copy_files
 from .mergeable import check_mergeable
 from .merging import write_merged, write_merged_model
-from .portable import Lost, at_rank, fold_scaling, in_plain_form, read_adapter
+from .pairs import Pairs, pairs_of_modules, pairs_on
+from .portable import AdapterFile, Lost, at_rank, check_pairs, fold_scaling, in_plain_form, read_adapter
 
 
 def export(
@@ -37,7 +39,8 @@ def export(
         out: must be empty or not exist.
         merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files. With
             adapted parameters, such as a mixture's experts, PEFT merges in the dtype of W0, with the whole model in memory.
-        base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names.
+        base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names. Its
+            configuration is read for `rank` and `fold_scale` of adapted parameters, too.
         rank: of the exported adapter, less than the file's: in each layer the best approximation of what was trained.
         fold_scale: multiply B by the scaling, so that `lora_alpha` is `r`, for readers that know nothing else.
 
@@ -52,17 +55,22 @@ def export(
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
     adapter = in_plain_form(read_adapter(checkpoint_dir))
     lost: dict[str, Lost] = {}
-    if rank is not None:
-        adapter, lost = at_rank(adapter, rank)
-    if fold_scale:
-        adapter = fold_scaling(adapter)
+    if rank is not None or fold_scale:
+        check_pairs(adapter)
+        pairs = pairs_of(adapter, checkpoint_dir, base_model)
+        if rank is not None:
+            adapter, lost = at_rank(adapter, pairs, rank)
+        if fold_scale:
+            adapter = fold_scaling(adapter, pairs)
     with complete_or_absent(out) as directory:
         if merge:
             check_mergeable(adapter.document)
             assert adapter.config is not None  # only a LoRA has passed
             source = base_of(checkpoint_dir, base_model)
             if adapter.config.target_parameters:
-                write_merged_model(source, directory, checkpoint_dir)
+                with tempfile.TemporaryDirectory() as adapter_dir:
+                    adapter.write(Path(adapter_dir))
+                    write_merged_model(source, directory, Path(adapter_dir))
             else:
                 write_merged(source, directory, adapter.tensors, adapter.config)
         else:
@@ -71,6 +79,17 @@ def export(
             checkpoint_dir, companions(checkpoint_dir), directory
         )  # overwrites the base's files of the same names
     return lost
+
+
+def pairs_of(adapter: AdapterFile, checkpoint_dir: Path, base_model: str | Path | None) -> dict[str, Pairs]:
+    """
+    Raises:
+        ValueError: the adapter has adapted parameters, and its base model is unknown, not found or another one.
+    """
+    assert adapter.config is not None  # `check_pairs` has passed
+    if not adapter.config.target_parameters:
+        return pairs_of_modules(adapter.modules)
+    return pairs_on(configuration_of_base(checkpoint_dir, base_model), adapter.config, adapter.modules)
 
 
 @contextmanager
@@ -100,6 +119,24 @@ def base_of(checkpoint_dir: Path, base_model: str | Path | None) -> Path:
         return base_directory(base_model, None)
     config = LoraConfig.from_pretrained(checkpoint_dir)
     return base_directory(config.base_model_name_or_path, config.revision)
+
+
+def configuration_of_base(checkpoint_dir: Path, base_model: str | Path | None) -> PreTrainedConfig:
+    """Of the same base, of which nothing else is downloaded.
+
+    Raises:
+        ValueError: it is unknown or not found.
+    """
+    config = LoraConfig.from_pretrained(checkpoint_dir)
+    name, revision = (base_model, None) if base_model else (config.base_model_name_or_path, config.revision)
+    if not name:
+        raise ValueError("The adapter does not name its base model. Pass `base_model`.")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The base model {name} has no configuration here nor on the hub ({error}). Pass `base_model`."
+        ) from error
 
 
 def base_directory(base_model: str | Path | None, revision: str | None) -> Path:

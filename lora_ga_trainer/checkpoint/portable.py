@@ -1,7 +1,7 @@
 """An adapter's file in other forms, for readers that know less or hold less than PEFT: the plain scaling, the scaling in B,
 another rank.
 
-Shapes: O out features, I in features, K the rank in the file, R the rank wanted.
+Shapes: E experts, O out features, I in features, K the rank in the file, R the rank wanted.
 """
 
 import json
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .mergeable import HARMLESS_ELSEWHERE, check_mergeable
-from .scaling import PREFIX, plain_form, scaling_of, with_form
+from .pairs import Pairs
+from .scaling import plain_form, scaling_of, with_form
 from .truncation import truncate
 
 FORM = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -25,7 +26,7 @@ FORM = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class Lost(NamedTuple):
-    """What a layer's ΔW = s·BA (O×I) loses at another rank, in Frobenius norm."""
+    """What a layer's ΔW = s·BA (O×I, or E of them) loses at another rank, in Frobenius norm."""
 
     norm: float
     """‖ΔW‖"""
@@ -51,10 +52,6 @@ class AdapterFile:
     def modules(self) -> list[str]:
         """The names in the file of all modules with a pair of A and B."""
         return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
-
-    def scaling(self, module: str) -> float:
-        assert self.config is not None  # `check_pairs` has passed
-        return scaling_of(self.config, module.removeprefix(PREFIX))
 
     def write(self, directory: Path) -> None:
         text = json.dumps(self.document, indent=2, sort_keys=True)
@@ -96,57 +93,64 @@ def in_plain_form(adapter: AdapterFile) -> AdapterFile:
     return with_config(adapter, plain_form(adapter.config, modules), adapter.tensors)
 
 
-def fold_scaling(adapter: AdapterFile) -> AdapterFile:
+def fold_scaling(adapter: AdapterFile, pairs: dict[str, Pairs]) -> AdapterFile:
     """The scaling multiplied into B, so that α = r: a whole number and a factor of 1 for every reader, without patterns.
 
     B is rounded once more to its dtype, unless s is a power of two. Where ranks differ, the smaller are filled up with zeros.
 
-    Raises:
-        ValueError: the adapter is more than pairs of A and B.
+    Args:
+        pairs: of all modules of the adapter, by their names in its file.
     """
-    check_pairs(adapter)
+    assert adapter.config is not None  # `check_pairs` has passed
     tensors = dict(adapter.tensors)
-    rank = max(len(adapter.tensors[f"{module}.lora_A.weight"]) for module in adapter.modules)
-    for module in adapter.modules:
-        s = adapter.scaling(module)
-        a_KI, b_OK = (adapter.tensors[f"{module}.lora_{half}.weight"] for half in "AB")
-        missing = rank - len(a_KI)
-        tensors[f"{module}.lora_A.weight"] = F.pad(a_KI, (0, 0, 0, missing))
-        tensors[f"{module}.lora_B.weight"] = F.pad((s * b_OK.double()).to(b_OK.dtype), (0, missing))
+    rank = largest_rank(adapter, pairs)
+    for module, pair in pairs.items():
+        s = scaling_of(adapter.config, pair.key)
+        a_name, b_name = (f"{module}.lora_{half}.weight" for half in "AB")
+        a_EKI, b_EOK = pair.a_EKI(tensors[a_name]), pair.b_EOK(tensors[b_name])
+        missing = rank - a_EKI.shape[1]
+        a_EKI = F.pad(a_EKI, (0, 0, 0, missing))
+        b_EOK = F.pad((s * b_EOK.double()).to(b_EOK.dtype), (0, missing))
+        tensors[b_name], tensors[a_name] = pair.matrices(b_EOK, a_EKI)
         bias = f"{module}.lora_B.bias"
         if bias in tensors:  # PEFT scales it as well
             tensors[bias] = (s * tensors[bias].double()).to(tensors[bias].dtype)
-    assert adapter.config is not None
     folded = replace(adapter.config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
     return with_config(adapter, folded, tensors)
 
 
-def at_rank(adapter: AdapterFile, rank: int) -> tuple[AdapterFile, dict[str, Lost]]:
+def at_rank(adapter: AdapterFile, pairs: dict[str, Pairs], rank: int) -> tuple[AdapterFile, dict[str, Lost]]:
     """(the nearest adapter whose modules all have this rank, what each of them loses). Each keeps its scaling.
 
     A module of a smaller rank loses nothing and is filled up with zeros: many servers read one rank for all.
 
+    Args:
+        pairs: of all modules of the adapter, by their names in its file.
+
     Raises:
-        ValueError: the rank is not below that of the file, or the adapter is more than pairs of A and B.
+        ValueError: the rank is not below that of the file.
     """
-    check_pairs(adapter)
-    largest = max(len(adapter.tensors[f"{module}.lora_A.weight"]) for module in adapter.modules)
+    assert adapter.config is not None  # `check_pairs` has passed
+    largest = largest_rank(adapter, pairs)
     if not 1 <= rank < largest:
         raise ValueError(
             f"`rank` is {rank}, but the adapter's file has rank {largest}, so only 1 to {largest - 1} make it smaller. Choose "
             "one of them, or leave out `rank`."
         )
     tensors, lost = dict(adapter.tensors), {}
-    for module in adapter.modules:
+    scalings = {pair.key: scaling_of(adapter.config, pair.key) for pair in pairs.values()}
+    for module, pair in pairs.items():
         a_name, b_name = (f"{module}.lora_{half}.weight" for half in "AB")
-        b_OR, a_RI, singular_values = truncate(tensors[b_name], tensors[a_name], rank)
-        tensors[b_name], tensors[a_name] = b_OR, a_RI
-        s = adapter.scaling(module)
-        lost[module] = Lost(s * singular_values.norm().item(), s * singular_values[rank:].norm().item())
-    assert adapter.config is not None
-    modules = [module.removeprefix(PREFIX) for module in adapter.modules]
-    scalings = {module: scaling_of(adapter.config, module) for module in modules}
-    return with_config(adapter, with_form(adapter.config, rank, dict.fromkeys(modules, rank), scalings), tensors), lost
+        b_EOR, a_ERI, singular_values = truncate(pair.b_EOK(tensors[b_name]), pair.a_EKI(tensors[a_name]), rank)
+        tensors[b_name], tensors[a_name] = pair.matrices(b_EOR, a_ERI)
+        s = scalings[pair.key]
+        lost[module] = Lost(s * singular_values.norm().item(), s * singular_values[:, rank:].norm().item())
+    form = with_form(adapter.config, rank, dict.fromkeys(scalings, rank), scalings)
+    return with_config(adapter, form, tensors), lost
+
+
+def largest_rank(adapter: AdapterFile, pairs: dict[str, Pairs]) -> int:
+    return max(len(adapter.tensors[f"{module}.lora_A.weight"]) // pair.experts for module, pair in pairs.items())
 
 
 def check_pairs(adapter: AdapterFile) -> None:
@@ -155,11 +159,6 @@ def check_pairs(adapter: AdapterFile) -> None:
         ValueError: the adapter adds more than s·BA to weights; or it has a LoRA on an embedding or a convolution.
     """
     check_mergeable(adapter.document, "given another rank or another scaling", HARMLESS_ELSEWHERE)
-    if adapter.document.get("target_parameters"):
-        raise ValueError(
-            f"The adapter's `target_parameters` is {adapter.document['target_parameters']!r}: each of its matrices holds those "
-            "of all experts, so it cannot be given another rank or scaling. Export the adapter alone, or merge it (`merge`)."
-        )
     for name, tensor in adapter.tensors.items():
         if ".lora_embedding_" in name or (".lora_A." in name and tensor.dim() != 2):
             raise ValueError(

@@ -6,7 +6,8 @@
 No product of rank R is nearer to B A in Frobenius norm (Eckart and Young, 1936), and ‖BA − B'A'‖² is the sum of the squares
 of the other singular values.
 
-Shapes: O out features, I in features, K the rank that there is, R the rank wanted.
+Shapes: O out features, I in features, K the rank that there is, R the rank wanted. Matrices may be stacked, as those of
+experts are: then all results are, too.
 """
 
 from typing import NamedTuple
@@ -29,11 +30,11 @@ def truncate(b_OK: Tensor, a_KI: Tensor, rank: int) -> Truncated:
     added to what the smaller rank loses.
     """
     q_b, r_b = torch.linalg.qr(b_OK.double())
-    q_a, r_a = torch.linalg.qr(a_KI.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    b_OR, a_RI = b_OK.new_zeros(len(b_OK), rank), a_KI.new_zeros(rank, a_KI.shape[1])
-    b_OR[:, :kept] = (q_b @ u[:, :kept] * root).to(b_OK.dtype)
-    a_RI[:kept] = (root[:, None] * (vh[:kept] @ q_a.T)).to(a_KI.dtype)
+    q_a, r_a = torch.linalg.qr(a_KI.double().mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    kept = min(rank, s.shape[-1])
+    root = s[..., None, :kept].sqrt()
+    b_OR, a_RI = b_OK.new_zeros(*b_OK.shape[:-1], rank), a_KI.new_zeros(*a_KI.shape[:-2], rank, a_KI.shape[-1])
+    b_OR[..., :kept] = (q_b @ u[..., :kept] * root).to(b_OK.dtype)
+    a_RI[..., :kept, :] = (root.mT * (vh[..., :kept, :] @ q_a.mT)).to(a_KI.dtype)
     return Truncated(b_OR, a_RI, s)
