@@ -3,8 +3,8 @@
 riemannian, rslora_riemannian    AdamW on gradients in the metric of the product (arXiv 2402.02347, equation 4):
                                  (BᵀB)⁻¹ ∂L/∂A and ∂L/∂B (AAᵀ)⁻¹, with A = A0 + dA and B = B0 + dB where there are such
 muon, rslora_muon                momenta with all singular values made equal (torch.optim.Muon), at AdamW's size of step
-rite, rslora_rite                LoRA-RITE (arXiv 2410.20625, algorithm 1): moments of ∂L/∂W through an orthonormal basis of the other
-                                 factor, carried along as that basis turns, so that only B A decides how W moves
+rite, rslora_rite                LoRA-RITE (arXiv 2410.20625, algorithm 1): moments of ∂L/∂W through an orthonormal basis of the
+                                 other factor, carried along as that basis turns: B A alone decides how W moves
 """
 
 from collections.abc import Callable

@@ -18,7 +18,9 @@ class ExportArguments:
     merge: bool = field(default=False, metadata={"help": "Write the whole model with the adapter merged into it."})
     base_model: str | None = field(
         default=None,
-        metadata={"help": "The untouched base, for `merge`, for experts and to measure. Default: the one that the adapter names."},
+        metadata={
+            "help": "The untouched base: for `merge`, experts and to measure. Default: the one that the adapter names."
+        },
     )
     rank: int | None = field(
         default=None, metadata={"help": "A smaller rank: the best approximation in every layer. Prints what it loses."}
