@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from test_probe import estimated_gradients, largest_relative_error
 from tiny import lora_config, sft_arguments
 from tiny_vision import FAMILIES, rows, vision_model
+from transformers.utils import is_torchvision_available
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
@@ -127,9 +128,32 @@ def test_examples_are_counted_and_not_their_pictures(family, tmp_path):
         assert other.gradient_norm == pytest.approx(found[0].gradient_norm, rel=1e-4)
 
 
-def test_the_command_line_needs_only_the_model_and_rows_with_pictures(tmp_path):
-    """And options that make it short, on a CPU. Not a Qwen-VL: loading its processor takes torchvision."""
-    model, processor = vision_model("llava")
+def qwen_with_its_own_processor():
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+    model, without_videos = vision_model("qwen2_5_vl")
+    images, tokenizer = without_videos.image_processor, without_videos.tokenizer
+    videos = Qwen2VLVideoProcessor(patch_size=images.patch_size, merge_size=2)
+    return model, Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=without_videos.chat_template)
+
+
+@pytest.mark.parametrize(
+    ("make", "tower"),
+    [
+        (lambda: vision_model("llava"), "vision_tower"),
+        pytest.param(
+            qwen_with_its_own_processor,
+            "visual",
+            marks=pytest.mark.skipif(
+                not is_torchvision_available(), reason="its processor needs torchvision, which is not installed"
+            ),
+        ),
+    ],
+    ids=["llava", "qwen2_5_vl"],
+)
+def test_the_command_line_needs_only_the_model_and_rows_with_pictures(make, tower, tmp_path):
+    """And options that make it short, on a CPU."""
+    model, processor = make()
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     data("llava").to_parquet(tmp_path / "rows.parquet")
@@ -147,8 +171,8 @@ def test_the_command_line_needs_only_the_model_and_rows_with_pictures(tmp_path):
         "8",
     ]
     main(["sft", *words, "--output_dir", str(tmp_path / "out"), *short])
-    loaded = PeftModel.from_pretrained(vision_model("llava")[0], tmp_path / "out")
-    assert any("vision_tower" in name for name, _ in loaded.named_modules() if "lora_A" in name)
+    loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert any(tower in name for name, _ in loaded.named_modules() if "lora_A" in name)
     assert (tmp_path / "out" / "processor_config.json").is_file()
 
 
