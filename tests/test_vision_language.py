@@ -15,6 +15,7 @@ from transformers.utils import is_torchvision_available
 from trl import SFTConfig, SFTTrainer
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga
+from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.cli.__main__ import main
 
 EXACT = LoRAGAArguments(ga_learning_rate=1e-3, ga_estimator="exact")
@@ -90,16 +91,27 @@ def test_the_gradient_is_autograds_and_the_start_is_exact(family, targets, tmp_p
 
 
 @every_family
-def test_it_trains_and_stock_peft_loads_what_was_saved(family, tmp_path):
-    trainer = trainer_of(family, tmp_path, data(family), learning_rate=1e-2)
+def test_it_trains_and_resumes_and_stock_peft_loads_and_merges_what_was_saved(family, tmp_path):
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(family, tmp_path, data(family), **options)
     batch = dict(trainer.data_collator(list(trainer.train_dataset)[:3]))
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     base, _ = vision_model(family)
+    base.save_pretrained(tmp_path / "base")
+    resumed = trainer_of(family, tmp_path, data(family), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+    of_resumed = dict(resumed.model.named_parameters())
+    assert all(torch.equal(value, of_resumed[name]) for name, value in trainer.model.named_parameters())
+
     trained, untrained = logits(trainer.model, batch), logits(base, batch)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    tolerance = 1e-5 * untrained.abs().max()  # float32 through a few layers
+    tolerance = 1e-5 * untrained.abs().max()  # float32 through a few layers, and merging rounds once more
     assert (logits(loaded, batch) - trained).abs().max() < tolerance
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    merged = type(vision_model(family)[0]).from_pretrained(tmp_path / "merged")
+    assert (logits(merged, batch) - trained).abs().max() < tolerance
     assert (trained - untrained).abs().max() > 1000 * tolerance, "training changed nothing, so this shows nothing"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .companions import OTHER_WEIGHTS, companions, copy_files
 from .mergeable import check_mergeable
-from .merging import write_merged, write_merged_model
+from .merging import write_merged
 from .pairs import Pairs, pairs_of_modules, pairs_on
 from .portable import AdapterFile, Lost, at_rank, check_pairs, fold_scaling, in_plain_form, read_adapter
 
@@ -37,8 +37,9 @@ def export(
     Args:
         checkpoint_dir: a `checkpoint-N`, the folder that `save_model` wrote, or any LoRA adapter for linear layers.
         out: must be empty or not exist.
-        merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files. With
-            adapted parameters, such as a mixture's experts, PEFT merges in the dtype of W0, with the whole model in memory.
+        merge: W0 + s·lora_B·lora_A, summed in float32 and rounded once to the dtype of W0, in the base's own files. Where
+            memory and files name or hold weights otherwise (a mixture's experts, many vision-language models), PEFT merges in
+            the dtype of W0, with the whole model in memory.
         base_model: folder or hub name of the untouched base model, for `merge`. Default: the one that the adapter names. Its
             configuration is read for `rank` and `fold_scale` of adapted parameters, too.
         rank: of the exported adapter, less than the file's: in each layer the best approximation of what was trained.
@@ -67,12 +68,9 @@ def export(
             check_mergeable(adapter.document)
             assert adapter.config is not None  # only a LoRA has passed
             source = base_of(checkpoint_dir, base_model)
-            if adapter.config.target_parameters:
-                with tempfile.TemporaryDirectory() as adapter_dir:
-                    adapter.write(Path(adapter_dir))
-                    write_merged_model(source, directory, Path(adapter_dir))
-            else:
-                write_merged(source, directory, adapter.tensors, adapter.config)
+            with tempfile.TemporaryDirectory() as folder:
+                adapter.write(Path(folder))
+                write_merged(source, directory, adapter.tensors, adapter.config, Path(folder))
         else:
             adapter.write(directory)
         copy_files(

@@ -1,6 +1,7 @@
 """The base model's own files with an adapter's weights in place, one file at a time: W0 + s·lora_B lora_A.
 
-It takes one process, and no model in memory but the largest file. Only a mixture's experts are merged in a model in memory.
+It takes one process, and no model in memory but the largest file. Where memory and files differ, so that a weight is not one
+tensor of the same name in both, the model is merged in memory: a mixture's experts, many vision-language models.
 
 Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
 """
@@ -21,8 +22,13 @@ from .companions import OF_MODEL, companions, copy_files
 from .scaling import PREFIX, scaling_of
 
 
-def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config: LoraConfig) -> None:
-    """Copy the model in `source` to `target`, file by file, with the adapter's weights in place.
+def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    """Copy the model in `source` to `target` with the adapter's weights in place.
+
+    Args:
+        adapter: its tensors.
+        config: its scalings.
+        folder: with files of both.
 
     Raises:
         ValueError: the base is quantized, is not one of transformers' own models, or its index names a missing file; or
@@ -34,6 +40,25 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     check_same_vocabulary(adapter, skeleton)
     check_not_untied(adapter, skeleton)
     shards = shards_of(source)
+    if config.target_parameters or in_memory_only(adapter, base_names(shards), skeleton):
+        write_merged_model(type(skeleton), source, target, folder)
+    else:
+        write_merged_files(shards, source, target, adapter, config, skeleton)
+
+
+def write_merged_files(
+    shards: list[Path],
+    source: Path,
+    target: Path,
+    adapter: dict[str, Tensor],
+    config: LoraConfig,
+    skeleton: PreTrainedModel,
+) -> None:
+    """File by file.
+
+    Raises:
+        ValueError: something in the adapter has no counterpart in the base.
+    """
     pieces = by_base_weight(adapter, base_names(shards))
     of_model = [*OF_MODEL, *(path.name for path in source.glob("*.safetensors.index.json"))]
     copy_files(source, [Path(name) for name in of_model if (source / name).is_file()] + companions(source), target)
@@ -46,13 +71,9 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
         save_file(merged, target / shard.name, metadata={"format": "pt"})
 
 
-def write_merged_model(source: Path, target: Path, adapter: Path) -> None:
-    """The same by PEFT, for experts: memory holds them as one parameter, most files have a tensor for each.
-
-    Raises:
-        ValueError: the base is quantized, or is not one of transformers' own models.
-    """
-    base = model_class(unquantized_config(source)).from_pretrained(source, dtype="auto")
+def write_merged_model(model: type[PreTrainedModel], source: Path, target: Path, adapter: Path) -> None:
+    """The same by PEFT, with the whole model in memory."""
+    base = model.from_pretrained(source, dtype="auto")
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     copy_files(source, companions(source), target)
     merged.save_pretrained(target)
@@ -160,21 +181,36 @@ def base_names(shards: list[Path]) -> set[str]:
     return names
 
 
+def in_memory_only(adapter: dict[str, Tensor], names: set[str], skeleton: PreTrainedModel) -> bool:
+    """Whether the adapter changes a weight that the model has and its files, by their `names`, do not."""
+    of_model = set(skeleton.state_dict())
+    wanted = {weight_of(key)[0] for key in adapter}
+    return any(name in of_model and name_in_files(name, names) is None for name in wanted)
+
+
+def weight_of(key: str) -> tuple[str, str, str]:
+    """(the weight in the model that the adapter's tensor `key` changes, which of the adapter's modules it is in, its kind)."""
+    module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+    module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
+    return f"{module.removesuffix('.base_layer')}.{parameter}", module, kind  # a bias may train beside the adapter
+
+
+def name_in_files(weight: str, names: set[str]) -> str | None:
+    """A file may omit the name of the outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`."""
+    return next((name for name in (weight, weight.partition(".")[2]) if name in names), None)
+
+
 def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dict[str, tuple[str, Tensor]]]:
     """For each of the base's weights, the parts of the adapter that change it: kind -> (module name, tensor).
-
-    A base's file may omit the name of its outermost module: `h.0.attn.c_proj.weight` for `transformer.h.0…`.
 
     Raises:
         ValueError: a part of the adapter has no such weight.
     """
     pieces: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, value in adapter.items():
-        module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-        module, _, kind = module.rpartition(".") if module.endswith((".lora_A", ".lora_B")) else (module, "", "instead")
-        wanted = f"{module.removesuffix('.base_layer')}.{parameter}"  # a bias trained beside the adapter
-        name = wanted if wanted in names else wanted.partition(".")[2]
-        if name not in names:
+        wanted, module, kind = weight_of(key)
+        name = name_in_files(wanted, names)
+        if name is None:
             raise ValueError(
                 f"The adapter's {key} has no counterpart {wanted} in the base model's files, so it cannot be merged file by "
                 "file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
