@@ -28,7 +28,9 @@ from launching import (
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_families import FAMILIES
+from test_vision_language import batches_of
 from tiny import lora_config, moved_at_random, peft_pair, tiny_batches, tiny_model, tiny_t5
+from tiny_vision import FAMILIES as VISION_FAMILIES
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -421,15 +423,25 @@ def test_experts_under_zero3_are_refused(launched):
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> list[dict[str, tuple[float, bool]]]:
-    return torchrun("families_worker.py", tmp_path_factory.mktemp("families"))
+    out = tmp_path_factory.mktemp("families")
+    pictures = {family: batches_of(family, out, (2, 2), (1, 2)) for family in VISION_FAMILIES}
+    torch.save(pictures, out / "pictures.pt")
+    return torchrun("families_worker.py", out)
+
+
+def is_that_of_the_whole_model(families, name):
+    return len(families) == 2 and all(error < FACTOR_TOLERANCE and same for error, same in (x[name] for x in families))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_under_fsdp2_every_architecture_gets_the_factors_of_the_whole_model(families, family):
-    assert len(families) == 2
-    for found in families:
-        error, logits_are_the_bases = found[family]
-        assert error < FACTOR_TOLERANCE and logits_are_the_bases
+    assert is_that_of_the_whole_model(families, family), [found[family] for found in families]
+
+
+@pytest.mark.parametrize("family", list(VISION_FAMILIES))
+def test_under_fsdp2_what_sees_pictures_gets_the_factors_of_the_whole_model(families, family):
+    name = f"{family} with pictures"
+    assert is_that_of_the_whole_model(families, name), [found[name] for found in families]
 
 
 def test_what_fsdp2_cannot_do_is_refused(base_model, t5, tmp_path):

@@ -14,10 +14,13 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.te import TeLinear
 from test_families import FAMILIES, PARAMETERS
 from test_probe import checkpointed, estimated_gradients, largest_relative_error
+from test_vision_language import batches_of
 from tiny import VOCABULARY, lora_config, random_model, sft_arguments, tiny_batches, word_problems, word_tokenizer
+from tiny_vision import FAMILIES as VISION_FAMILIES
+from tiny_vision import visible, vision_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from lora_ga_trainer import (
     LoRAGAArguments,
@@ -197,7 +200,8 @@ WIDTHS = {
     "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "head_dim", "q_lora_rank",
     "shared_expert_intermediate_size", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "v_head_dim",
     "time_step_rank", "mamba_d_ssm", "mamba_d_head", "d_model", "d_kv", "d_ff", "n_embd", "ffn_dim", "word_embed_proj_dim",
-    "encoder_ffn_dim", "decoder_ffn_dim", "rotary_dim",
+    "encoder_ffn_dim", "decoder_ffn_dim", "rotary_dim", "out_hidden_size", "embed_dim", "projection_dim", "global_head_dim",
+    "resampler_head_dim", "linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input",
 }  # fmt: skip
 UNQUANTIZED = {
     "mamba": ["dt_proj", "out_proj", "lm_head"],  # read as bare weights
@@ -209,37 +213,42 @@ It quantizes nothing of Falcon, whose layers are a class of its own.
 """
 
 
-def in_4_bits(family, folder):
-    """(the configuration in sizes that bitsandbytes can block, multiples of 32, the folder's model in 4 bits)."""
-    config = FAMILIES[family][0]()
-    for name in {config.attribute_map.get(name, name) for name in WIDTHS}:
-        if getattr(config, name, None):
-            setattr(config, name, 16 * getattr(config, name))
-    base = random_model(config).eval()
+def wide(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
+    """In sizes that bitsandbytes can block, multiples of 32; its parts, too."""
+    for name in {config.attribute_map.get(name, name) for name in WIDTHS} & vars(config).keys():
+        if vars(config)[name]:
+            setattr(config, name, times * vars(config)[name])
+    sections = (vars(config).get("rope_parameters") or {}).get("mrope_section", [])
+    sections[:] = [times * size for size in sections]
+    for part in [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]:
+        wide(part, times)
+    return config
+
+
+def check_4_bits(base, batches, folder, unquantized=None, **lora):
+    """The gradient is autograd's at the dequantized weights, and the start the quantized base's bit for bit."""
     base.save_pretrained(folder)
     nf4 = bnb_config(4)
-    nf4.llm_int8_skip_modules = UNQUANTIZED.get(family)
-    return base, lambda: type(base).from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
+    nf4.llm_int8_skip_modules = unquantized
 
+    def load():
+        return type(base).from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("falcon") or "h1" in family])
-def test_4_bits_in_every_family(family, tmp_path):
-    twin, load = in_4_bits(family, tmp_path)
-    lora = {"target_modules": FAMILIES[family][1], "target_parameters": PARAMETERS.get(family), "task_type": None}
-    quantized, batches = load(), tiny_batches((3, 5))
+    quantized, twin = load(), base
     names = [name for name, module in quantized.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert names
     for name in names:  # GPT-2's weights lie the other way round
         weight = twin.get_submodule(name).weight
         found = dequantized(quantized.get_submodule(name))
         weight.data.copy_(found.T if type(twin.get_submodule(name)).__name__ == "Conv1D" else found)
-    model = adapted(load(), **lora)
-    found = estimated_gradients(model, batches)
+    found = estimated_gradients(adapted(load(), task_type=None, **lora), batches)
+    reached = {name: gradient for name, gradient in found.items() if gradient.any()}  # not all of LLaVA's tower
     # float32, through two layers
-    assert largest_relative_error(found, dense_reference.autograd_gradients(twin, found, batches)) < 1e-5
-    model = adapted(load(), **lora)
+    assert largest_relative_error(reached, dense_reference.autograd_gradients(twin, reached, batches)) < 1e-5
+    model = adapted(load(), task_type=None, **lora)
     before = stored(model)
-    initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+    report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
+    assert report.alignment.keys() == reached.keys()
 
     def run(model):
         torch.manual_seed(0)  # of dropout, in training mode: see `logits`
@@ -247,6 +256,25 @@ def test_4_bits_in_every_family(family, tmp_path):
             return model.train()(**batches[0]).logits
 
     assert torch.equal(run(model), run(quantized)) and same_bytes(stored(model), before)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in ("falcon", "falcon_40b", "falcon_rw")]
+)
+def test_4_bits_in_every_family(family, tmp_path):
+    make, targets = FAMILIES[family]
+    lora = {"target_modules": targets, "target_parameters": PARAMETERS.get(family)}
+    base = random_model(wide(make(), 16)).eval()
+    check_4_bits(base, tiny_batches((3, 5)), tmp_path, UNQUANTIZED.get(family), **lora)
+
+
+@pytest.mark.parametrize("family", list(VISION_FAMILIES))
+def test_4_bits_with_pictures(family, tmp_path):
+    batches = batches_of(family, tmp_path / "data")
+    model, _ = vision_model(family)
+    torch.manual_seed(0)
+    base = type(model)(wide(copy.deepcopy(model.config), 4)).eval()
+    check_4_bits(visible(base), batches, tmp_path / "base", target_modules="all-linear")
 
 
 @BNB_KINDS

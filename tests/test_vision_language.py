@@ -53,9 +53,9 @@ def trainer_of(family, output_dir, train_dataset, cls=LoRAGASFTTrainer, targets=
     )
 
 
-def batches_of(family, output_dir, sizes=(3, 5)):
+def batches_of(family, output_dir, sizes=(3, 5), pictures=MIXED):
     """As TRL's own collator makes them."""
-    trainer = trainer_of(family, output_dir, data(family), SFTTrainer)
+    trainer = trainer_of(family, output_dir, data(family, pictures), SFTTrainer)
     found, examples = [], list(trainer.train_dataset)
     for size in sizes:
         chosen, examples = examples[:size], examples[size:]

@@ -364,10 +364,15 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
 def vision_model(family: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     torch.manual_seed(0)
     model, processor = FAMILIES[family]()
+    return visible(model.eval()), processor
+
+
+def visible(model: PreTrainedModel) -> PreTrainedModel:
+    """With numbers in the place of zeros such as Gemma 3's projector, through which no picture would be seen."""
     for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():  # Gemma 3's projector, through which no picture would be seen
+        if parameter.dim() > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval(), processor
+    return model
 
 
 def rows(pictures: tuple[int, ...], whole: bool = False) -> Dataset:

@@ -26,8 +26,12 @@ COLUMNS = {
 """Of the table: the test whose cases it sums up."""
 WITH_PICTURES = {
     "gradient is autograd's, start is bit-exact": "test_the_gradient_is_autograds_and_the_start_is_exact",
-    "trains, stock PEFT loads it": "test_it_trains_and_stock_peft_loads_what_was_saved",
+    "resumes bit for bit, stock PEFT loads it, merges": (
+        "test_it_trains_and_resumes_and_stock_peft_loads_and_merges_what_was_saved"
+    ),
     "rows of text only": "test_rows_of_text_train_the_language_model",
+    "FSDP2 on two processes": "test_under_fsdp2_what_sees_pictures_gets_the_factors_of_the_whole_model",
+    "on a base in 4 bits (NF4)": "test_4_bits_with_pictures",
 }
 PAGE = """# Which models
 
@@ -84,7 +88,7 @@ def main() -> None:
         cells = [in_words(found.get((test, family))) for test in COLUMNS.values()]
         rows.append([family, ", ".join(f"`{name}`" for name in [*names, *PARAMETERS.get(family, [])]), *cells])
     table = markdown_table(["", "targets", *COLUMNS], rows)
-    seen = outcomes(WITH_PICTURES, VISION_FAMILIES, "test_vision_language.py")
+    seen = outcomes(WITH_PICTURES, VISION_FAMILIES, "test_vision_language.py", "test_backends.py", "test_quantized.py")
     rows = [
         [family, *(in_words(seen.get((test, family))) for test in WITH_PICTURES.values())] for family in VISION_FAMILIES
     ]
