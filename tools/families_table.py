@@ -46,7 +46,8 @@ Rows with one picture, two, none, and all of them in one batch; adapters on ever
 the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and what
 LLaVA leaves out of it. PaliGemma's processor takes no text without a picture, so TRL trains it on whole conversations with
 pictures only. Gemma 4's vision tower has wrappers where others have linear layers: its names end in `.linear`
-(`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos have not been tried.
+(`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos have not been
+tried.
 
 {with_pictures}
 
