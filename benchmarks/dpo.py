@@ -12,7 +12,7 @@ from measuring.results import Results, markdown_table
 from sweeps.preferences import run
 
 RUNS = Results("dpo")
-ARMS = [("LoRA", None), ("rsLoRA", None), ("LoRA-GA", 1e-6), ("LoRA-GA", 5e-6), ("LoRA-GA", 5e-5)]
+ARMS = [("LoRA", None), ("LoRA-GA", 1e-6), ("LoRA-GA", 5e-5)]
 
 
 def main() -> None:

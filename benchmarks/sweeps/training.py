@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from sweeps.optimizers import OPTIMIZERS
 from sweeps.peft_lora_ga import PEFTS
+from sweeps.plain_scaling import PLAIN_SCALING
 from sweeps.ranks import RANKED
 
 
@@ -43,7 +44,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     options = [(name, value) for name, value in settings.items() if name not in ("recipe", "threads")]
     argv = [text for name, value in options for text in (f"--{name}", str(value))]
     torch.set_num_threads(settings["threads"])
-    with patch.dict(METHODS, PEFTS | OPTIMIZERS | RANKED):
+    with patch.dict(METHODS, PEFTS | OPTIMIZERS | RANKED | PLAIN_SCALING):
         return train_and_evaluate(recipe, parse(recipe, argv))
 
 
