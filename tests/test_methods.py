@@ -62,8 +62,16 @@ def mean_loss(model, dataset) -> float:
 RELOADED = dict.fromkeys(METHODS, 0.0) | {"pissa": 1e-5, "adalora": 1e-6}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    # the recipes for decoders differ in their rows only
+    [
+        (recipe, method)
+        for recipe in RECIPES
+        for method in METHODS
+        if recipe in ("metamath", "glue") or method == "lora_ga"
+    ],
+)
 def test_a_recipe_with_a_method(recipe, method, run, capsys):
     """It starts from the base model, trains, and what it saved is loaded by the code that it prints, to the same logits."""
     trainer, folder = run(recipe, method=method)

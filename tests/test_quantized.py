@@ -241,12 +241,12 @@ def check_4_bits(base, batches, folder, unquantized=None, **lora):
         weight = twin.get_submodule(name).weight
         found = dequantized(quantized.get_submodule(name))
         weight.data.copy_(found.T if type(twin.get_submodule(name)).__name__ == "Conv1D" else found)
-    found = estimated_gradients(adapted(load(), task_type=None, **lora), batches)
+    model = adapted(load(), task_type=None, **lora)
+    before = stored(model)
+    found = estimated_gradients(model, batches)
     reached = {name: gradient for name, gradient in found.items() if gradient.any()}  # not all of LLaVA's tower
     # float32, through two layers
     assert largest_relative_error(reached, dense_reference.autograd_gradients(twin, reached, batches)) < 1e-5
-    model = adapted(load(), task_type=None, **lora)
-    before = stored(model)
     report = initialize_lora_ga(model, batches, EXACT, disable_tqdm=True)
     assert report.alignment.keys() == reached.keys()
 

@@ -385,9 +385,8 @@ class AfterInitialization(TrainerCallback):
         self.graphs = compiled_graphs()
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["by the trainer", "in place"])
-def test_compiled_models_are_estimated_as_they_are(make_trainer, gradients, in_place):
-    """Nothing is compiled for the estimation, training is, and both are as without."""
+def test_compiled_models_are_estimated_as_they_are(make_trainer, gradients):
+    """Nothing is compiled for the estimation, training is, and both are as without. Layers compiled in place: `test_probe`."""
     options = {"max_steps": 2, "pad_to_multiple_of": 16}  # one shape, one compilation
     plain = make_trainer(**options)
     plain.train()
@@ -395,13 +394,7 @@ def test_compiled_models_are_estimated_as_they_are(make_trainer, gradients, in_p
 
     torch._dynamo.reset()
     before = compiled_graphs()
-    model = tiny_model()
-    if in_place:
-        for layer in model.model.layers:
-            layer.compile(backend="aot_eager")
-    else:
-        options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    trainer = make_trainer(model=model, **options)
+    trainer = make_trainer(torch_compile=True, torch_compile_backend="aot_eager", **options)
     after_initialization = AfterInitialization()
     trainer.add_callback(after_initialization)  # the last, after LoRA-GA's own
     trainer.train()
