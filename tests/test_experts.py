@@ -6,12 +6,14 @@ What holds for every architecture (exact start, autograd's gradient, stock PEFT,
 import copy
 import json
 import math
+import shutil
 
 import dense_reference
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from test_probe import checkpointed, estimated_gradients, largest_relative_error
 from tiny import VOCABULARY, lora_config, moved_at_random, random_model, sft_arguments, tiny_batches
 from torch import nn
@@ -19,6 +21,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 
 from lora_ga_trainer import LoRAGAArguments, LoRAGASFTConfig, LoRAGASFTTrainer, initialize_lora_ga, restart_lora_ga
 from lora_ga_trainer.adapter import targets
+from lora_ga_trainer.adapter.targets import lora_layers
+from lora_ga_trainer.adapter.weight import adapted_weights
 from lora_ga_trainer.checkpoint import export
 from lora_ga_trainer.gradient.accumulator import ExpertGradients, ExpertSketches, GradientSketch
 from lora_ga_trainer.gradient.estimation import accumulator_bytes, make_accumulator
@@ -406,15 +410,17 @@ def test_another_rank_and_another_scaling(family, form, offset, tmp_path):
     theirs, ours = deltas(stock), deltas(small)
     assert ours.keys() == theirs.keys() and any(delta.dim() == 3 for delta in theirs.values())
     rank = form.get("rank", 99)
-    assert lost.keys() == (theirs.keys() if "rank" in form else set())
+    weights = adapted_weights(lora_layers(stock, "default"), "default").values()
+    named = {weight.path: weight.key for weight in weights}
+    assert lost.keys() == (set(named.values()) if "rank" in form else set())
     for name, delta in theirs.items():
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         best = u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]
         # of float32 matrices, multiplied in float32 by PEFT, in sums of up to 24 terms
         assert (ours[name] - best).norm() < 24**0.5 * 2**-22 * delta.norm(), name
         if lost:
-            assert lost[name].norm == pytest.approx(delta.norm().item(), rel=1e-5)
-            assert lost[name].error == pytest.approx(s[..., rank:].norm().item(), abs=1e-5 * delta.norm().item())
+            assert lost[named[name]].norm == pytest.approx(delta.norm().item(), rel=1e-5)
+            assert lost[named[name]].error == pytest.approx(s[..., rank:].norm().item(), abs=1e-5 * delta.norm().item())
     if "rank" in form:
         assert any(layer.error > 0.01 * layer.norm for layer in lost.values()), "nothing was cut"
     else:
@@ -438,19 +444,113 @@ def test_a_smaller_rank_is_merged(tmp_path):
         (None, "does not name its base model. Pass `base_model`"),
         ("absent", "base model .*absent has no configuration here nor on the hub .*Pass `base_model`"),
         (
-            "other",
-            r"does not fit the base model: only one of them has base_model.model.model.layers.1\..*was trained on",
+            "shallow",
+            r"its matrices of base_model.model.model.layers.1\..* they would be of none. Pass .* was trained on",
+        ),
+        (
+            "crowded",
+            r"its matrices of .*experts are of shapes \[16, 32\] and \[24, 16\], on .* \[32, 32\] and \[24, 32\]",
         ),
     ],
 )
 def test_without_its_base_an_adapter_of_experts_keeps_its_rank(base, message, tmp_path):
     moved_adapter(tmp_path, "qwen3_moe")
+    save_other_bases(tmp_path)
+    for form in ({"rank": 2}, {"fold_scale": True}):
+        with pytest.raises(ValueError, match=message):
+            export(tmp_path / "adapter", tmp_path / "out", base_model=base and tmp_path / base, **form)
+        assert not (tmp_path / "out").exists()
+
+
+def save_other_bases(folder):
+    for name, experts, layers in (("shallow", 4, 1), ("deep", 4, 3), ("crowded", 8, 2)):
+        config = qwen(experts)
+        config.num_hidden_layers = layers
+        random_model(config).save_pretrained(folder / name)
+
+
+def test_nothing_is_merged_where_adapter_and_base_do_not_match(tmp_path):
+    """PEFT would only warn of what one of them lacks."""
+    moved_adapter(tmp_path, "qwen3_moe")
+    save_other_bases(tmp_path)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "damaged")
+    damaged = {
+        name: value for name, value in tensors.items() if not name.endswith("layers.0.mlp.experts.lora_B.weight")
+    }
+    assert len(damaged) == len(tensors) - 1
+    save_file(damaged, tmp_path / "damaged/adapter_model.safetensors", metadata={"format": "pt"})
+    for base, adapter in (("shallow", "adapter"), ("deep", "adapter"), ("crowded", "adapter"), ("base", "damaged")):
+        with pytest.raises(ValueError, match="^The adapter does not fit the base model.*`base_model`"):
+            export(tmp_path / adapter, tmp_path / "out", merge=True, base_model=tmp_path / base)
+        assert not (tmp_path / "out").exists()
+    for form in ({"rank": 2}, {"fold_scale": True}):
+        with pytest.raises(ValueError, match="has base_model.*lora_A.weight, but no base_model.*lora_B.weight"):
+            export(tmp_path / "damaged", tmp_path / "out", base_model=tmp_path / "base", **form)
+
+
+def test_merging_leaves_all_else_in_the_files_as_it_is(tmp_path):
+    """Other dtypes than config.json says, tensors that transformers does not load, several files."""
+    model, base = pair(qwen(), torch.bfloat16, target_modules=["q_proj"])
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    moved_at_random(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    shards = sorted((tmp_path / "base").glob("*.safetensors"))
+    assert len(shards) > 1
+    index = tmp_path / "base/model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    for shard in shards:
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+            tensors[name] = torch.rand_like(tensors[name], dtype=torch.float32)  # not to be had in bfloat16
+        if shard == shards[0]:
+            tensors["mtp.layers.0.weight"] = torch.rand(3, 3)
+            listed["weight_map"]["mtp.layers.0.weight"] = shard.name
+        save_file(tensors, shard, metadata={"format": "pt"})
+    index.write_text(json.dumps(listed))
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    changed = set()
+    for shard in shards:
+        before, after = load_file(shard), load_file(tmp_path / "merged" / shard.name)
+        assert before.keys() == after.keys()
+        assert all(after[name].dtype == value.dtype for name, value in before.items())
+        changed |= {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {name.split(".")[3] for name in changed} == {"self_attn", "mlp"}
+    assert all("experts" in name or "q_proj" in name for name in changed) and len(changed) == 2 * (1 + 4 * 3)
+    expected = logits(PeftModel.from_pretrained(base_of(tmp_path / "base"), tmp_path / "adapter"))
+    merged = logits(base_of(tmp_path / "merged"))
+    # W + ΔW is rounded to bfloat16, and so is what is multiplied with it
+    assert (merged - expected).norm() < 0.05 * expected.norm()
+
+
+def base_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def test_an_embedding_that_the_head_shares_is_not_merged(tmp_path):
     config = qwen()
-    config.num_hidden_layers = 1
-    random_model(config).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=message):
-        export(tmp_path / "adapter", tmp_path / "out", rank=2, base_model=base and tmp_path / base)
-    assert not (tmp_path / "out").exists()
+    config.tie_word_embeddings = True
+    base = random_model(config)
+    base.save_pretrained(tmp_path / "base")
+    lora = {"target_modules": ["q_proj", "embed_tokens"], "target_parameters": PARAMETERS, "init_lora_weights": False}
+    get_peft_model(base, lora_config(r=R, **lora)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has a LoRA on model.embed_tokens, whose weight the base model shares"):
+        export(tmp_path / "adapter", tmp_path / "out", merge=True, base_model=tmp_path / "base")
+
+
+def test_a_file_of_experts_with_rslora_is_exported_in_the_plain_form(tmp_path):
+    """As PEFT saves it."""
+    base = random_model(qwen())
+    base.save_pretrained(tmp_path / "base")
+    lora = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS, "rank_pattern": {"gate_up_proj": 4}}
+    get_peft_model(base, lora_config(r=R, init_lora_weights=False, **lora)).save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["use_rslora"]
+    export(tmp_path / "adapter", tmp_path / "out", base_model=tmp_path / "base")
+    assert not json.loads((tmp_path / "out/adapter_config.json").read_text())["use_rslora"]
+    torch.testing.assert_close(
+        logits(with_peft(tmp_path, "out")), logits(with_peft(tmp_path, "adapter")), rtol=0, atol=1e-5
+    )
 
 
 # --- trainers and launches ---------------------------------------------------------------------------------------------

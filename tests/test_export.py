@@ -174,7 +174,7 @@ def test_one_file_at_a_time_is_read(trained, tmp_path, monkeypatch):
     adapted("llama", tmp_path)
     sizes = []
     monkeypatch.setattr(
-        "lora_ga_trainer.checkpoint.merging.save_file",
+        "lora_ga_trainer.checkpoint.base_files.save_file",
         lambda tensors, path, **kwargs: sizes.append(sum(value.nbytes for value in tensors.values())),
     )
     export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")

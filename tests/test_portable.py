@@ -180,7 +180,7 @@ def test_what_has_no_rank_to_cut_is_refused(tmp_path):
 
     for rank in (0, 4, 9):
         refused(
-            rf"`rank` is {rank}, but the adapter's file has rank 4, so only 1 to 3 make it smaller.*leave out",
+            rf"`rank` is {rank}, but the adapter's file has rank 4, so only a whole number from 1 to 3 makes it.*leave out",
             rank=rank,
         )
     kinds = {

@@ -62,6 +62,23 @@ STOCK = {
 }
 
 
+@pytest.mark.parametrize("initialization", ["gaussian", "eva"])
+def test_an_adapter_that_started_otherwise_is_kept_too_once_it_is_trained(initialization, tmp_path):
+    """And untrained it is refused, since LoRA-GA would be a second initialization."""
+    stock, _ = peft_pair(init_lora_weights="gaussian")
+    stock.peft_config["default"].init_lora_weights = initialization  # EVA's would need data
+    with pytest.raises(ValueError, match="asks for another initialization"):
+        initialize_lora_ga(copy.deepcopy(stock), tiny_batches(), EXACT, disable_tqdm=True)
+    moved_at_random(stock)
+    model = copy.deepcopy(stock)
+    initialize_lora_ga(model, tiny_batches(), EXACT, disable_tqdm=True)
+    assert (logits(model) - logits(stock)).abs().max() <= SAME
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert again.peft_config["default"].init_lora_weights is True
+    assert (logits(again) - logits(stock)).abs().max() <= SAME
+
+
 @pytest.mark.parametrize("lora", STOCK.values(), ids=STOCK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stock_adapter_is_kept_under_a_new_pair(lora, dtype, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launching import torchrun
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_probe import estimated_gradients, largest_relative_error
 from tiny import lora_config, sft_arguments
 from tiny_vision import FAMILIES, rows, vision_model
@@ -186,6 +187,42 @@ def test_the_command_line_needs_only_the_model_and_rows_with_pictures(make, towe
     loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
     assert any(tower in name for name, _ in loaded.named_modules() if "lora_A" in name)
     assert (tmp_path / "out" / "processor_config.json").is_file()
+
+
+def test_what_an_export_loses_is_not_measured_with_pictures(tmp_path):
+    """And nothing is written before that is known."""
+    base, _ = vision_model("llava")
+    base.save_pretrained(tmp_path / "base")
+    config = lora_config(r=2, target_modules=["q_proj"], task_type=None, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    rows((0,)).remove_columns("images").to_parquet(tmp_path / "rows.parquet")
+    words = ["--checkpoint_dir", tmp_path / "adapter", "--base_model", tmp_path / "base", "--out", tmp_path / "out"]
+    words += ["--rank", "1", "--dataset_path", tmp_path / "rows.parquet"]
+    with pytest.raises(SystemExit, match="is of the type 'llava', but only decoder-only language models are measured"):
+        main(["export", *map(str, words)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_older_versions_are_merged_where_the_files_have_them(tmp_path):
+    """transformers renames a model's parts as it loads them; an adapter may be older than that."""
+    base, _ = vision_model("llava")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        base, lora_config(r=2, target_modules=TARGETS["language"], task_type=None, init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    batch = batches_of("llava", tmp_path / "data", (2,))[0]
+    expected = logits(model, batch)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    older = {
+        name.replace("model.model.language_model.", "model.language_model.model."): value
+        for name, value in load_file(file).items()
+    }
+    assert older.keys().isdisjoint(load_file(file))
+    save_file(older, file, metadata={"format": "pt"})
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, base_model=tmp_path / "base")
+    merged = type(vision_model("llava")[0]).from_pretrained(tmp_path / "merged")
+    assert (logits(merged, batch) - expected).abs().max() < 1e-5 * expected.abs().max()  # float32, W + ΔW rounded once
 
 
 def test_with_pali_gemma_trl_itself_takes_no_completion(tmp_path):

@@ -30,6 +30,11 @@ OTHER_METHODS = {
 """Fields of `LoraConfig` that change what an adapter computes, so that LoRA-GA's factors would mean something else."""
 
 
+BESIDE_THE_BASE_WITH_B_ZERO = ("gaussian", "eva")
+"""Of the other initializations, those from which an adapter may have been trained that a new stage starts from: the base's
+weights are untouched, and B tells whether it was trained."""
+
+
 def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> None:
     """Refuse a `LoraConfig` that asks for another initialization or another kind of adapter.
 
@@ -50,11 +55,8 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
             f"`peft_config` is a {kind}, but LoRA-GA initializes LoRA adapters: pass a `LoraConfig`, or leave it out for the "
             "paper's (r 8, α 16, rsLoRA, all linear layers)."
         )
-    if config.init_lora_weights is not True:
-        raise ValueError(
-            f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
-            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own trainer."
-        )
+    if adapter_name is None or config.init_lora_weights not in BESIDE_THE_BASE_WITH_B_ZERO:
+        check_new_adapter(config)
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if not is_number_above_zero(alpha):
             raise ValueError(
@@ -68,6 +70,18 @@ def check_lora_config(config: LoraConfig, adapter_name: str | None = None) -> No
                 f"`LoraConfig({option.name}={value!r})` cannot be combined with LoRA-GA: {OTHER_METHODS[option.name]}. "
                 f"Leave out `{option.name}`, or use TRL's own trainer."
             )
+
+
+def check_new_adapter(config: LoraConfig) -> None:
+    """
+    Raises:
+        ValueError: it asks for another initialization.
+    """
+    if config.init_lora_weights is not True:
+        raise ValueError(
+            f"`LoraConfig(init_lora_weights={config.init_lora_weights!r})` asks for another initialization, but LoRA-GA "
+            "is the initialization here. Leave `init_lora_weights` at its default (True), or use TRL's own trainer."
+        )
 
 
 def check_no_adapter(model: nn.Module) -> None:

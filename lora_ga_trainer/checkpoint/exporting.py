@@ -46,7 +46,7 @@ def export(
         fold_scale: multiply B by the scaling, so that `lora_alpha` is `r`, for readers that know nothing else.
 
     Returns:
-        What each module loses at the `rank`, by its name in the file; empty without one.
+        What each adapted weight loses at the `rank`, by its name in the model; empty without one.
 
     Raises:
         ValueError: `out` is not empty, a file is missing or damaged, or the adapter cannot be merged into the files of
@@ -54,7 +54,9 @@ def export(
             cannot be given the `rank` or another scaling (see `portable`).
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
-    adapter = in_plain_form(read_adapter(checkpoint_dir))
+    adapter = read_adapter(checkpoint_dir)
+    if adapter.config is not None and adapter.config.use_rslora:
+        adapter = in_plain_form(adapter, pairs_of(adapter, checkpoint_dir, base_model))
     lost: dict[str, Lost] = {}
     if rank is not None or fold_scale:
         check_pairs(adapter)
@@ -84,26 +86,27 @@ def pairs_of(adapter: AdapterFile, checkpoint_dir: Path, base_model: str | Path 
     Raises:
         ValueError: the adapter has adapted parameters, and its base model is unknown, not found or another one.
     """
-    assert adapter.config is not None  # `check_pairs` has passed
+    assert adapter.config is not None  # it is a LoRA
     if not adapter.config.target_parameters:
         return pairs_of_modules(adapter.modules)
-    return pairs_on(configuration_of_base(checkpoint_dir, base_model), adapter.config, adapter.modules)
+    return pairs_on(configuration_of_base(checkpoint_dir, base_model), adapter.config, adapter.shapes)
 
 
 @contextmanager
 def complete_or_absent(out: Path) -> Iterator[Path]:
-    """Yields a folder beside `out` that becomes `out` on success and vanishes on failure.
+    """Yields a folder near `out` that becomes `out` on success and vanishes on failure.
 
     Raises:
         ValueError: `out` exists already and is not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists already. Choose another folder, or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+    beside = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}.") as temporary:
         directory = Path(temporary, out.name)
         directory.mkdir()
         yield directory
+        out.parent.mkdir(parents=True, exist_ok=True)
         directory.replace(out)
 
 

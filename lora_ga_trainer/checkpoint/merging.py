@@ -6,19 +6,17 @@ tensor of the same name in both, the model is merged in memory: a mixture's expe
 Shapes: O out features, I in features, R rank in the file (with the offset twice the one that trained).
 """
 
-import json
 from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .companions import OF_MODEL, companions, copy_files
+from .base_files import base_names, copy_model_files, rewrite, shards_of
+from .merging_in_memory import write_merged_model
 from .scaling import PREFIX, scaling_of
 
 
@@ -41,7 +39,7 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     check_not_untied(adapter, skeleton)
     shards = shards_of(source)
     if config.target_parameters or in_memory_only(adapter, base_names(shards), skeleton):
-        write_merged_model(type(skeleton), source, target, folder)
+        write_merged_model(type(skeleton), shards, source, target, folder)
     else:
         write_merged_files(shards, source, target, adapter, config, skeleton)
 
@@ -60,31 +58,23 @@ def write_merged_files(
         ValueError: something in the adapter has no counterpart in the base.
     """
     pieces = by_base_weight(adapter, base_names(shards))
-    of_model = [*OF_MODEL, *(path.name for path in source.glob("*.safetensors.index.json"))]
-    copy_files(source, [Path(name) for name in of_model if (source / name).is_file()] + companions(source), target)
+    copy_model_files(source, target)
     for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            merged = {
-                name: merge_tensor(file.get_tensor(name), pieces.get(name, {}), config, skeleton)
-                for name in file.keys()  # noqa: SIM118 (not a dict)
-            }
-        save_file(merged, target / shard.name, metadata={"format": "pt"})
-
-
-def write_merged_model(model: type[PreTrainedModel], source: Path, target: Path, adapter: Path) -> None:
-    """The same by PEFT, with the whole model in memory."""
-    base = model.from_pretrained(source, dtype="auto")
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    copy_files(source, companions(source), target)
-    merged.save_pretrained(target)
+        rewrite(shard, target, lambda name, W0: merge_tensor(W0, pieces.get(name, {}), config, skeleton))
 
 
 def unquantized_config(source: Path) -> PreTrainedConfig:
     """
     Raises:
-        ValueError: the model in `source` is quantized.
+        ValueError: the model in `source` is unknown to transformers, or quantized.
     """
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no configuration of a model that transformers knows ({error}). Pass the untouched base model as "
+            "`base_model`."
+        ) from error
     if "quantization_config" in model_config.to_dict():
         raise ValueError(
             f"{source} is quantized, so nothing can be added to its weights. Pass the unquantized model as `base_model`, or "
@@ -103,34 +93,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The base model's config.json names the architecture {name!r}, which is not a transformers model, so it cannot "
-            "be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
+            f"The base model's config.json names the architecture {name!r}, which is not a transformers model, so nobody "
+            "can tell its layers. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
         )
     return found
-
-
-def shards_of(source: Path) -> list[Path]:
-    """The files in `source` from which transformers loads the weights; others would be copied unmerged.
-
-    They are model.safetensors, else those that the index names, else all there are.
-
-    Raises:
-        ValueError: the index names a file that is not there.
-    """
-    there = {path.name: path for path in sorted(source.glob("*.safetensors"))}
-    if "model.safetensors" in there:
-        return [there["model.safetensors"]]
-    index = source / "model.safetensors.index.json"
-    if not index.is_file():
-        return [*there.values()]
-    named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elsewhere = [name for name in named if name not in there]
-    if elsewhere:
-        raise ValueError(
-            f"{index} names {elsewhere[0]!r}, which is not among the .safetensors files of its folder. Get the base model "
-            "again from its source."
-        )
-    return [there[name] for name in named]
 
 
 def check_same_vocabulary(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> None:
@@ -165,20 +131,12 @@ def check_not_untied(adapter: dict[str, Tensor], skeleton: PreTrainedModel) -> N
                 f"The adapter holds a trained {name}, whose weight the base model shares between embedding and head, so it "
                 "cannot be merged file by file. Load both with PEFT and use `merge_and_unload`, or export the adapter alone."
             )
-        if module in tied and f"{PREFIX}{name}.lora_A.weight" in adapter:
+        if module in tied and {f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_embedding_A"} & adapter.keys():
             raise ValueError(
                 f"The adapter has a LoRA on {name}, whose weight the base model shares between embedding and head, so merging "
                 "would change both (PEFT's `merge_and_unload` does). Export the adapter alone, or pass as `base_model` a copy "
                 "of the base with a weight of each and `tie_word_embeddings=False`."
             )
-
-
-def base_names(shards: list[Path]) -> set[str]:
-    names = set()
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            names.update(file.keys())
-    return names
 
 
 def in_memory_only(adapter: dict[str, Tensor], names: set[str], skeleton: PreTrainedModel) -> bool:
@@ -227,7 +185,7 @@ def merge_tensor(
     W0 is `base`, or the adapter's replacement: fully trained, or, for a head with a LoRA, another copy of the base's.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or it is the weight of a convolution.
     """
     if "instead" in pieces:
         _check_shape(*pieces["instead"], base)
@@ -237,8 +195,16 @@ def merge_tensor(
     module, lora_B = pieces["lora_B"]
     delta = scaling_of(config, module) * lora_B.float()
     if "lora_A" in pieces:
-        delta = delta @ pieces["lora_A"][1].float()
-        if isinstance(skeleton.get_submodule(module), Conv1D):
+        lora_A = pieces["lora_A"][1]
+        if lora_A.dim() != 2:
+            raise ValueError(
+                f"The adapter's {module} is a convolution, which is not merged file by file. Load both with PEFT and use "
+                "`merge_and_unload`, or export the adapter alone."
+            )
+        delta = delta @ lora_A.float()
+        if isinstance(
+            dict(skeleton.named_modules()).get(module), Conv1D
+        ):  # an older version's name is in the files only
             delta = delta.T
     _check_shape(module, delta, base)
     return (base.float() + delta).to(base.dtype)

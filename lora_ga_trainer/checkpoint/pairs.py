@@ -41,21 +41,30 @@ def pairs_of_modules(modules: list[str]) -> dict[str, Pairs]:
     return {module: Pairs(name_in_patterns(module)) for module in modules}
 
 
-def pairs_on(base: PreTrainedConfig, config: LoraConfig, modules: list[str]) -> dict[str, Pairs]:
+def pairs_on(
+    base: PreTrainedConfig, config: LoraConfig, shapes: dict[str, tuple[torch.Size, torch.Size]]
+) -> dict[str, Pairs]:
     """For an adapter with `target_parameters`: the file does not say how many experts there are, nor which parameter has
     which of the matrices around one module. PEFT does, on an empty model of the `base`'s configuration.
+
+    Args:
+        shapes: those of (lora_A, lora_B) in the file, by module.
 
     Raises:
         ValueError: the adapter is for another base, or the base is not one of transformers' own models.
     """
     with torch.device("meta"):
         model = get_peft_model(model_class(base)(base), copy.deepcopy(config))
-    weights = adapted_weights(lora_layers(model, "default"), "default").values()
-    found = {weight.path: Pairs(name_in_patterns(weight.key), weight.experts) for weight in weights}
-    if found.keys() != set(modules):
-        odd = min(found.keys() ^ set(modules))
+    layers = {path: layer for path, layer in lora_layers(model, "default").items() if "default" in layer.lora_A}
+    weights = {weight.path: weight for weight in adapted_weights(layers, "default").values()}
+    of_base = {path: (weight.A.weight.shape, weight.B.weight.shape) for path, weight in weights.items()}
+    for odd in sorted(module for module in of_base | shapes if of_base.get(module) != shapes.get(module)):
         raise ValueError(
-            f"The adapter does not fit the base model: only one of them has {odd}. Pass the one that it was trained on as "
-            "`base_model`."
+            f"The adapter does not fit the base model: its matrices of {odd} are of shapes {in_words(shapes.get(odd))}, on the "
+            f"base they would be of {in_words(of_base.get(odd))}. Pass the model that it was trained on as `base_model`."
         )
-    return found
+    return {path: Pairs(name_in_patterns(weight.key), weight.experts) for path, weight in weights.items()}
+
+
+def in_words(shapes: tuple[torch.Size, torch.Size] | None) -> str:
+    return "none" if shapes is None else " and ".join(str(list(shape)) for shape in shapes)

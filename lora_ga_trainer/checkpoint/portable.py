@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .mergeable import HARMLESS_ELSEWHERE, check_mergeable
 from .pairs import Pairs
-from .scaling import plain_form, scaling_of, with_form
+from .scaling import PREFIX, plain_form, scaling_of, with_form
 from .truncation import truncate
 
 FORM = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -53,6 +54,21 @@ class AdapterFile:
         """The names in the file of all modules with a pair of A and B."""
         return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
 
+    @property
+    def shapes(self) -> dict[str, tuple[torch.Size, torch.Size]]:
+        """Those of (lora_A, lora_B), by module.
+
+        Raises:
+            ValueError: a module has no lora_B.
+        """
+        found = {}
+        for module in self.modules:
+            names = [f"{module}.lora_{half}.weight" for half in "AB"]
+            if names[1] not in self.tensors:
+                raise ValueError(f"The adapter's file has {names[0]}, but no {names[1]}. Use another checkpoint.")
+            found[module] = self.tensors[names[0]].shape, self.tensors[names[1]].shape
+        return found
+
     def write(self, directory: Path) -> None:
         text = json.dumps(self.document, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
@@ -85,12 +101,16 @@ def with_config(adapter: AdapterFile, config: LoraConfig, tensors: dict[str, Ten
     return AdapterFile(document, config, tensors)
 
 
-def in_plain_form(adapter: AdapterFile) -> AdapterFile:
-    """The same tensors without rsLoRA, as versions from 0.2 on save them; see `scaling`. Other adapters stay as they are."""
-    if adapter.config is None or not adapter.config.use_rslora or adapter.config.target_parameters:
-        return adapter  # the file does not name a parameter as patterns do
-    modules = {name.rpartition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
-    return with_config(adapter, plain_form(adapter.config, modules), adapter.tensors)
+def in_plain_form(adapter: AdapterFile, pairs: dict[str, Pairs]) -> AdapterFile:
+    """The same tensors without rsLoRA, as versions from 0.2 on save them; see `scaling`.
+
+    Args:
+        pairs: of all modules of the adapter, by their names in its file.
+    """
+    assert adapter.config is not None  # it is a LoRA
+    others = {name.rpartition(".lora_")[0] for name in adapter.tensors if ".lora_" in name} - pairs.keys()
+    keys = {*(pair.key for pair in pairs.values()), *others}
+    return with_config(adapter, plain_form(adapter.config, keys), adapter.tensors)
 
 
 def fold_scaling(adapter: AdapterFile, pairs: dict[str, Pairs]) -> AdapterFile:
@@ -132,19 +152,26 @@ def at_rank(adapter: AdapterFile, pairs: dict[str, Pairs], rank: int) -> tuple[A
     """
     assert adapter.config is not None  # `check_pairs` has passed
     largest = largest_rank(adapter, pairs)
-    if not 1 <= rank < largest:
+    if type(rank) is not int or not 1 <= rank < largest:
+        smaller = f"only a whole number from 1 to {largest - 1} makes" if largest > 1 else "nothing makes"
         raise ValueError(
-            f"`rank` is {rank}, but the adapter's file has rank {largest}, so only 1 to {largest - 1} make it smaller. Choose "
-            "one of them, or leave out `rank`."
+            f"`rank` is {rank!r}, but the adapter's file has rank {largest}, so {smaller} it smaller. Choose such a rank, or "
+            "leave out `rank`."
         )
     tensors, lost = dict(adapter.tensors), {}
     scalings = {pair.key: scaling_of(adapter.config, pair.key) for pair in pairs.values()}
     for module, pair in pairs.items():
         a_name, b_name = (f"{module}.lora_{half}.weight" for half in "AB")
+        if not (tensors[a_name].isfinite().all() and tensors[b_name].isfinite().all()):
+            raise ValueError(
+                f"The adapter's matrices of {module} hold NaN or infinity, so no rank is near them. Use another checkpoint."
+            )
         b_EOR, a_ERI, singular_values = truncate(pair.b_EOK(tensors[b_name]), pair.a_EKI(tensors[a_name]), rank)
         tensors[b_name], tensors[a_name] = pair.matrices(b_EOR, a_ERI)
         s = scalings[pair.key]
-        lost[module] = Lost(s * singular_values.norm().item(), s * singular_values[:, rank:].norm().item())
+        lost[f"{PREFIX}{pair.key}"] = Lost(
+            s * singular_values.norm().item(), s * singular_values[:, rank:].norm().item()
+        )
     form = with_form(adapter.config, rank, dict.fromkeys(scalings, rank), scalings)
     return with_config(adapter, form, tensors), lost
 
@@ -167,3 +194,4 @@ def check_pairs(adapter: AdapterFile) -> None:
             )
     if not adapter.modules:
         raise ValueError("The adapter's file has no LoRA, so there is no rank and no scaling. Export it as it is.")
+    _ = adapter.shapes  # there is a B for each A

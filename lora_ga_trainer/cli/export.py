@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         from ..checkpoint.exporting import export
 
         rows = load_rows(arguments)
+        if rows is not None:
+            check_measurable(arguments)
         lost = export(
             arguments.checkpoint_dir, arguments.out, arguments.merge,
             base_model=arguments.base_model, rank=arguments.rank, fold_scale=arguments.fold_scale,
@@ -87,6 +89,15 @@ def load_rows(arguments: ExportArguments) -> Any:
     else:
         return None
     return rows.select(range(min(arguments.num_samples, len(rows))))
+
+
+def check_measurable(arguments: ExportArguments) -> None:
+    """Before anything is written."""
+    from ..checkpoint.exporting import base_of
+    from ..inspection.exported import check_measurable
+
+    trained = Path(arguments.checkpoint_dir)
+    check_measurable(base_of(trained, arguments.base_model), trained)
 
 
 def measure(arguments: ExportArguments, rows: Any) -> "OnData":

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from ..adapter.adapter import LoRAGAAdapter
 from ..adapter.delta import attach_delta_form
-from ..adapter.lora_config import check_lora_config, check_no_adapter, check_own_adapter, check_task
+from ..adapter.lora_config import check_lora_config, check_new_adapter, check_no_adapter, check_own_adapter, check_task
 from ..adapter.quantized import check_scale
 from ..adapter.state import LoRAGAState
 from ..adapter.targets import check_targets, lora_layers
@@ -60,6 +60,8 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
     check_targets(layers, adapter_name)
     weights = adapted_weights(layers, adapter_name)
     earlier_ranks = {name: weight.rank for name, weight in weights.items()} if is_trained(weights, config) else {}
+    if not earlier_ranks:
+        check_new_adapter(peft_model.peft_config[adapter_name])
     if config.ga_stage_rank is not None and not earlier_ranks:
         raise ValueError(
             f"`ga_stage_rank` is {config.ga_stage_rank}, but the adapter {adapter_name!r} is new, and its rank is that of its "
@@ -75,6 +77,7 @@ def attach_lora_ga(peft_model: PeftModel, config: LoRAGAArguments) -> LoRAGAAdap
         attach_delta_form(weight.layer, adapter_name, config.ga_offset, ranks.get(name))
     if earlier_ranks:
         peft_model.peft_config[adapter_name] = form_of(peft_model.peft_config[adapter_name], weights, ranks)
+        peft_model.peft_config[adapter_name].init_lora_weights = True
     lora_config = peft_model.peft_config[adapter_name]
     state = LoRAGAState.before_init(lora_config, adapter_name, config, has_embeddings, earlier_ranks)
     adapter = LoRAGAAdapter(peft_model, weights, state)

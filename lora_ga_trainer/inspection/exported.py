@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from peft.utils import CONFIG_NAME
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from trl import SFTConfig, SFTTrainer
 
+from ..checkpoint.merging_in_memory import with_adapter
 from ..checkpoint.portable import Lost
 from ..checkpoint.scaling import PREFIX
 
@@ -50,26 +57,15 @@ def measure(
         base: the folder of the untouched base model, a decoder only.
 
     Raises:
-        ValueError: `rows` have no token that counts; the adapter is not for a language model, or for another base; or what
-            TRL raises about the rows.
+        ValueError: `rows` have no token that counts; the adapter is for another base; or what `check_measurable` or TRL, about
+            the rows, raises.
     """
-    task = LoraConfig.from_pretrained(trained).task_type
-    if task not in (None, TaskType.CAUSAL_LM):
-        raise ValueError(
-            f"The adapter's `task_type` is {TaskType(task).value!r}, but only decoder-only language models are measured. Leave "
-            "out the data."
-        )
+    check_measurable(base, trained)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     has_tokenizer = (trained / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(trained if has_tokenizer else base)
     batches = prepared(model, tokenizer, rows, max_length, batch_size)
-    try:
-        adapted = PeftModel.from_pretrained(model, trained, adapter_name="trained")
-    except RuntimeError as error:  # of torch, on other shapes
-        raise ValueError(
-            f"The adapter in {trained} does not fit the base model in {base} ({error}). Pass the one that it was trained on as "
-            "`base_model`."
-        ) from error
+    adapted = with_adapter(model, trained)
     is_adapter = (exported / CONFIG_NAME).is_file()
     if is_adapter:
         adapted.load_adapter(exported, "exported")
@@ -80,7 +76,7 @@ def measure(
     sums = torch.zeros(5, dtype=torch.float64)
     tokens = width = 0
     for batch in batches:
-        adapted.set_adapter("trained")
+        adapted.set_adapter("default")
         with adapted.disable_adapter():
             base_NV, labels_N = counted(adapted, batch)
         trained_NV, _ = counted(adapted, batch)
@@ -98,6 +94,21 @@ def measure(
         )
     base_loss, trained_loss, exported_loss = (sums[:3] / tokens).tolist()
     return OnData(tokens, base_loss, trained_loss, exported_loss, *(sums[3:] / (tokens * width)).sqrt().tolist())
+
+
+def check_measurable(base: Path, trained: Path) -> None:
+    """
+    Raises:
+        ValueError: the adapter in `trained` or the model in `base` is not a decoder-only language model's.
+    """
+    task, config = LoraConfig.from_pretrained(trained).task_type, AutoConfig.from_pretrained(base)
+    if task not in (None, TaskType.CAUSAL_LM):
+        found = f"The adapter's `task_type` is {TaskType(task).value!r}"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = f"The base model in {base} is of the type {config.model_type!r}"
+    else:
+        return
+    raise ValueError(f"{found}, but only decoder-only language models are measured. Leave out the data.")
 
 
 def prepared(
