@@ -17,7 +17,7 @@ from test_families import FAMILIES, PARAMETERS  # noqa: E402
 from tiny_vision import FAMILIES as VISION_FAMILIES  # noqa: E402
 
 COLUMNS = {
-    "gradient is autograd's": "test_the_gradient_of_every_target_is_autograds",
+    "gradient equals autograd's": "test_the_gradient_of_every_target_is_autograds",
     "start is bit-exact in fp32, bf16, fp16": "test_the_logits_are_the_bases_bit_for_bit",
     "resumes bit for bit, stock PEFT loads it, merges": "test_it_resumes_and_stock_peft_loads_and_merges_what_was_trained",
     "FSDP2 on two processes": "test_under_fsdp2_every_architecture_gets_the_factors_of_the_whole_model",
@@ -25,7 +25,7 @@ COLUMNS = {
 }
 """Of the table: the test whose cases it sums up."""
 WITH_PICTURES = {
-    "gradient is autograd's, start is bit-exact": "test_the_gradient_is_autograds_and_the_start_is_exact",
+    "gradient equals autograd's, start is bit-exact": "test_the_gradient_is_autograds_and_the_start_is_exact",
     "resumes bit for bit, stock PEFT loads it, merges": (
         "test_it_trains_and_resumes_and_stock_peft_loads_and_merges_what_was_saved"
     ),
@@ -40,20 +40,34 @@ this page; "yes" means that every case passed.
 
 {table}
 
+With `lora-ga sft` the default adapter is "all-linear":
+
+```bash
+lora-ga sft --model_name_or_path Qwen/Qwen3-30B-A3B --dtype bfloat16 --dataset_name trl-lib/Capybara --output_dir out
+lora-ga sft --model_name_or_path Qwen/Qwen1.5-MoE-A2.7B --dtype bfloat16 --dataset_name trl-lib/Capybara --output_dir out \\
+  --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj
+lora-ga sft --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 --dataset_name trl-lib/llava-instruct-mix \\
+  --max_length null --output_dir out
+```
+
 ## With pictures
 
 Rows with one picture, two, none, and all of them in one batch; adapters on everything, on names that both parts have, and on
-the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and what
-LLaVA leaves out of it. PaliGemma's processor takes no text without a picture, so TRL trains it on whole conversations with
-pictures only. Gemma 4's vision tower has wrappers where others have linear layers: its names end in `.linear`
-(`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos have not been
-tried.
+the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and the
+last layers of LLaVA's, which its features skip. PaliGemma's processor takes no text without a picture, so TRL trains it on
+whole conversations with pictures only. Gemma 4's vision tower has wrappers where others have linear layers: its names end in
+`.linear` (`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos have not
+been tried.
 
 {with_pictures}
 
-With a base in 4 bits, the gradient is autograd's at the dequantized weights and the start is bit-exact. bitsandbytes quantizes
-linear layers only, so a mixture's experts stay as they were loaded; transformers gives it nothing of Falcon's, and Mamba's
-`dt_proj` and `out_proj` and Switch Transformers' `wo` must be left out (`llm_int8_skip_modules`, with `lm_head`). 8 bits are
+## On a base in 4 bits
+
+The gradient equals autograd's at the dequantized weights, and the start is bit-exact. bitsandbytes quantizes linear layers
+only, so a mixture's experts stay as they were loaded. Falcon's linear layers are a class of its own, which it does not replace
+("–"). Mamba's `dt_proj` and `out_proj` and Switch Transformers' `wo` must be left out (`llm_int8_skip_modules`, with
+`lm_head`). GPT-OSS is published in MXFP4, which has not been tried: load it dequantized (`Mxfp4Config(dequantize=True)`) and
+save it once, then train and merge with that folder. 8 bits are
 tested on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
 ZeRO-3, on a mixture of experts ([Several GPUs](distributed.md)).
 """

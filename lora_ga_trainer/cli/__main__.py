@@ -5,7 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "sft": "fine-tune a language model on your data, starting from the gradient",
-    "export": "turn a checkpoint into a bare adapter, or merge it into its base model",
+    "export": "write a checkpoint's adapter, also at a smaller rank, or the model with it merged in",
     "inspect": "draw what an initialization found and how the run went, as one HTML page",
     "compare": "overlay the losses of several runs, and print a table",
 }

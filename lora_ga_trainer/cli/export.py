@@ -19,7 +19,7 @@ class ExportArguments:
     base_model: str | None = field(
         default=None,
         metadata={
-            "help": "The untouched base: for `merge`, experts and to measure. Default: the one that the adapter names."
+            "help": "The untouched base, to merge, to measure, or to cut or fold experts. Default: the adapter's."
         },
     )
     rank: int | None = field(
@@ -27,7 +27,7 @@ class ExportArguments:
     )
     fold_scale: bool = field(
         default=False,
-        metadata={"help": "Multiply B by the scaling, so that alpha is the rank, for readers of nothing else."},
+        metadata={"help": "Multiply B by the scaling, so that alpha is the rank, for programs that ignore patterns."},
     )
     dataset_path: str | None = field(
         default=None,

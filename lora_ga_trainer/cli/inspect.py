@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("path", metavar="CHECKPOINT_OR_RUN", type=Path, help="a `checkpoint-N`, or a run's output_dir")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for index.html and the PNGs; default: CHECKPOINT_OR_RUN itself"
+        "--out", metavar="DIR", type=Path, help="folder for index.html and the PNGs; default: CHECKPOINT_OR_RUN"
     )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with errors_as_messages():

@@ -30,15 +30,15 @@ precedence. The most common ones, some with an example value:
              datasets: in the YAML     a mixture, as in TRL; --streaming  --test_split_size 0.1
              --max_length 1024  --packing  --completion_only_loss  --assistant_only_loss
   adapter    --lora_r 8  --lora_alpha 16  --use_rslora true  --lora_dropout 0
-             --lora_target_modules all-linear
+             --lora_target_modules all-linear   --lora_target_parameters, for experts
   LoRA-GA    --ga_num_samples 64        examples that the gradient is averaged over
              --ga_batch_size            examples per batch; half the training batch
              --ga_estimator sketch      or exact: the full gradients in float32
              --ga_sketch_passes 2       1.25: a look at a quarter of them, then one pass
              --ga_sketch_size           by default 2r + 32
              --ga_direction ArB2r
-             --ga_scale                 by default matched to --ga_full_learning_rate, for
-                                        --ga_learning_rate; or stable, with --ga_gamma
+             --ga_scale                 by default matched to --ga_full_learning_rate 5e-5, for
+                                        --ga_learning_rate; or stable, with --ga_gamma 16
              --ga_offset true           false: B from zero, files of rank r
              --ga_stage_rank            r on top of a trained adapter
              --ga_restart_steps         a fresh gradient every this many steps
