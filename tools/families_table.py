@@ -56,8 +56,8 @@ Rows with one picture, two, none, and all of them in one batch; adapters on ever
 the language model alone. Layers that the rows do not reach start as in plain LoRA: the vision tower on rows of text, and the
 last layers of LLaVA's, which its features skip. PaliGemma's processor takes no text without a picture, so TRL trains it on
 whole conversations with pictures only. Gemma 4's vision tower has wrappers where others have linear layers: its names end in
-`.linear` (`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos have not
-been tried.
+`.linear` (`q_proj.linear`), which "all-linear" finds by itself. The processors of Qwen's families need torchvision. Videos
+have not been tried.
 
 {with_pictures}
 
@@ -67,8 +67,8 @@ The gradient equals autograd's at the dequantized weights, and the start is bit-
 only, so a mixture's experts stay as they were loaded. Falcon's linear layers are a class of its own, which it does not replace
 ("–"). Mamba's `dt_proj` and `out_proj` and Switch Transformers' `wo` must be left out (`llm_int8_skip_modules`, with
 `lm_head`). GPT-OSS is published in MXFP4, which has not been tried: load it dequantized (`Mxfp4Config(dequantize=True)`) and
-save it once, then train and merge with that folder. 8 bits are
-tested on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
+save it once, then train and merge with that folder. 8 bits are tested
+on Llama ([Quantized models](quantized.md)). DDP and DeepSpeed run on Llama, T5 and, but for
 ZeRO-3, on a mixture of experts ([Several GPUs](distributed.md)).
 """
 
