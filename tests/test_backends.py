@@ -424,7 +424,7 @@ def test_experts_under_zero3_are_refused(launched):
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> list[dict[str, tuple[float, bool]]]:
     out = tmp_path_factory.mktemp("families")
-    pictures = {family: batches_of(family, out, (2, 2), (1, 2)) for family in VISION_FAMILIES}
+    pictures = {family: batches_of(family, (2, 2), (1, 2)) for family in VISION_FAMILIES}
     torch.save(pictures, out / "pictures.pt")
     return torchrun("families_worker.py", out)
 

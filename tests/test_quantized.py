@@ -270,11 +270,11 @@ def test_4_bits_in_every_family(family, tmp_path):
 
 @pytest.mark.parametrize("family", list(VISION_FAMILIES))
 def test_4_bits_with_pictures(family, tmp_path):
-    batches = batches_of(family, tmp_path / "data")
+    batches = batches_of(family)
     model, _ = vision_model(family)
     torch.manual_seed(0)
     base = type(model)(wide(copy.deepcopy(model.config), 4)).eval()
-    check_4_bits(visible(base), batches, tmp_path / "base", target_modules="all-linear")
+    check_4_bits(visible(base), batches, tmp_path, target_modules="all-linear")
 
 
 @BNB_KINDS

@@ -5,8 +5,8 @@ from soak import WARM_UP, Standing, growth, soak
 
 
 def test_nothing_grows_from_round_to_round():
-    """4 rounds after the warm-up: counts only, memory wants the longer run of `python tests/soak.py`."""
-    found = soak(lambda rounds: rounds < WARM_UP + 4)
+    """3 rounds after the warm-up: counts only, memory wants the longer run of `python tests/soak.py`."""
+    found = soak(lambda rounds: rounds < WARM_UP + 3)
     assert growth(found, kibibytes_per_round=float("inf")) == []
 
 
