@@ -131,7 +131,7 @@ def estimate_gradients(
                 for loss, examples in objective.losses(share):
                     backward(loss)
                     progress.update(examples)
-            bytes_of_passes.append(_finish_sums(summing, objective.scale))
+            bytes_of_passes.append(_finish_sums(summing, objective.loss_scale))
             _check_finite(summing)
             if number == 1:  # a look may miss what all of the sample reaches, and later passes see fewer weights
                 _check_reached(summing)

@@ -51,7 +51,7 @@ class Objective:
         self.weighted_batches = even_batches(batches)
 
     @property
-    def scale(self) -> float:
+    def loss_scale(self) -> float:
         """What every loss is multiplied by, and the sums of gradients are to be divided by: a power of two near N.
 
         An item's share of the mean loss is 1/N, which fp16 would lose on the way back. A power of two rounds nothing.
@@ -67,7 +67,7 @@ class Objective:
         return sum(count_examples(batch) for batch, weight in self.first(share) if weight)
 
     def losses(self, share: float = 1.0) -> Iterator[tuple[Tensor, int]]:
-        """(`scale` times a batch's share of L, how many examples it stands for), for every forward of this process over the
+        """(`loss_scale` times a batch's share of L, how many examples it stands for), for every forward of this process over the
         first `share` of the sample.
 
         Raises:
@@ -80,7 +80,7 @@ class Objective:
             loss = self.compute_loss(self.model, send_to_device(dict(batch), device), self.num_items)
             losses.append(loss.detach().reshape(()))
             if loss.requires_grad:
-                yield loss * (weight * self.scale), count_examples(batch) if weight else 0
+                yield loss * (weight * self.loss_scale), count_examples(batch) if weight else 0
             else:
                 unreached.append(index)
         with failing_together():  # not sooner: the forward and the loss may communicate
