@@ -67,8 +67,8 @@ class Objective:
         return sum(count_examples(batch) for batch, weight in self.first(share) if weight)
 
     def losses(self, share: float = 1.0) -> Iterator[tuple[Tensor, int]]:
-        """(`loss_scale` times a batch's share of L, how many examples it stands for), for every forward of this process over the
-        first `share` of the sample.
+        """(`loss_scale` times a batch's share of L, how many examples it stands for), for every forward of this process over
+        the first `share` of the sample.
 
         Raises:
             ValueError: on all processes, at the end, if a loss of one does not depend on any target or is not finite.
