@@ -1,6 +1,7 @@
 """The files of a base model: which hold its weights, and the same files with other weights."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def usual_dtype(shards: list[Path]) -> torch.dtype:
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                tensor = file.get_tensor(name)
-                numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
+                tensor = file.get_slice(name)  # reads its header alone
+                dtype = tensor[:0].dtype if tensor.get_shape() else file.get_tensor(name).dtype
+                numbers[dtype] = numbers.get(dtype, 0) + math.prod(tensor.get_shape())
     return max((dtype for dtype in numbers if dtype.is_floating_point), key=lambda dtype: numbers[dtype])
 
 

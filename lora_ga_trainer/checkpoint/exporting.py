@@ -55,12 +55,14 @@ def export(
     """
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
     adapter = read_adapter(checkpoint_dir)
-    if adapter.config is not None and adapter.config.use_rslora:
-        adapter = in_plain_form(adapter, pairs_of(adapter, checkpoint_dir, base_model))
     lost: dict[str, Lost] = {}
+    is_plain = adapter.config is None or not adapter.config.use_rslora
     if rank is not None or fold_scale:
         check_pairs(adapter)
+    if rank is not None or fold_scale or not is_plain:
         pairs = pairs_of(adapter, checkpoint_dir, base_model)
+        if not is_plain:
+            adapter = in_plain_form(adapter, pairs)
         if rank is not None:
             adapter, lost = at_rank(adapter, pairs, rank)
         if fold_scale:
@@ -116,10 +118,7 @@ def base_of(checkpoint_dir: Path, base_model: str | Path | None) -> Path:
     Raises:
         ValueError: it is unknown, not found, or not in safetensors.
     """
-    if base_model:
-        return base_directory(base_model, None)
-    config = LoraConfig.from_pretrained(checkpoint_dir)
-    return base_directory(config.base_model_name_or_path, config.revision)
+    return base_directory(*name_of_base(checkpoint_dir, base_model))
 
 
 def configuration_of_base(checkpoint_dir: Path, base_model: str | Path | None) -> PreTrainedConfig:
@@ -128,10 +127,7 @@ def configuration_of_base(checkpoint_dir: Path, base_model: str | Path | None) -
     Raises:
         ValueError: it is unknown or not found.
     """
-    config = LoraConfig.from_pretrained(checkpoint_dir)
-    name, revision = (base_model, None) if base_model else (config.base_model_name_or_path, config.revision)
-    if not name:
-        raise ValueError("The adapter does not name its base model. Pass `base_model`.")
+    name, revision = name_of_base(checkpoint_dir, base_model)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -140,14 +136,26 @@ def configuration_of_base(checkpoint_dir: Path, base_model: str | Path | None) -
         ) from error
 
 
-def base_directory(base_model: str | Path | None, revision: str | None) -> Path:
+def name_of_base(checkpoint_dir: Path, base_model: str | Path | None) -> tuple[str | Path, str | None]:
+    """(`base_model`, or what the adapter in `checkpoint_dir` names; the revision that it names).
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if base_model:
+        return base_model, None
+    config = LoraConfig.from_pretrained(checkpoint_dir)
+    if not config.base_model_name_or_path:
+        raise ValueError("The adapter does not name its base model. Pass `base_model`.")
+    return config.base_model_name_or_path, config.revision
+
+
+def base_directory(base_model: str | Path, revision: str | None) -> Path:
     """The folder with the base model's files, downloaded from the hub at its `revision` if necessary.
 
     Raises:
-        ValueError: it is unknown, not found, or not in safetensors.
+        ValueError: it is not found, or not in safetensors.
     """
-    if not base_model:
-        raise ValueError("The adapter does not name its base model. Pass `base_model`.")
     directory = Path(base_model)
     if not directory.is_dir():
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -38,29 +38,16 @@ def write_merged(source: Path, target: Path, adapter: dict[str, Tensor], config:
     check_same_vocabulary(adapter, skeleton)
     check_not_untied(adapter, skeleton)
     shards = shards_of(source)
-    if config.target_parameters or in_memory_only(adapter, base_names(shards), skeleton):
+    names = base_names(shards)
+    if config.target_parameters or in_memory_only(adapter, names, skeleton):
         write_merged_model(type(skeleton), shards, source, target, folder)
-    else:
-        write_merged_files(shards, source, target, adapter, config, skeleton)
-
-
-def write_merged_files(
-    shards: list[Path],
-    source: Path,
-    target: Path,
-    adapter: dict[str, Tensor],
-    config: LoraConfig,
-    skeleton: PreTrainedModel,
-) -> None:
-    """File by file.
-
-    Raises:
-        ValueError: something in the adapter has no counterpart in the base.
-    """
-    pieces = by_base_weight(adapter, base_names(shards))
+        return
+    pieces = by_base_weight(adapter, names)
+    # an older version's name for a module is in the files only
+    transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
     copy_model_files(source, target)
     for shard in shards:
-        rewrite(shard, target, lambda name, W0: merge_tensor(W0, pieces.get(name, {}), config, skeleton))
+        rewrite(shard, target, lambda name, W0: merge_tensor(W0, pieces.get(name, {}), config, transposed))
 
 
 def unquantized_config(source: Path) -> PreTrainedConfig:
@@ -178,9 +165,9 @@ def by_base_weight(adapter: dict[str, Tensor], names: set[str]) -> dict[str, dic
 
 
 def merge_tensor(
-    base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, skeleton: nn.Module
+    base: Tensor, pieces: dict[str, tuple[str, Tensor]], config: LoraConfig, transposed: set[str]
 ) -> Tensor:
-    """W0 + s·lora_B lora_A (O×I; transposed in a Conv1D), or b0 + s·lora_B's bias.
+    """W0 + s·lora_B lora_A (O×I; I×O in the modules that are `transposed`), or b0 + s·lora_B's bias.
 
     W0 is `base`, or the adapter's replacement: fully trained, or, for a head with a LoRA, another copy of the base's.
 
@@ -202,9 +189,7 @@ def merge_tensor(
                 "`merge_and_unload`, or export the adapter alone."
             )
         delta = delta @ lora_A.float()
-        if isinstance(
-            dict(skeleton.named_modules()).get(module), Conv1D
-        ):  # an older version's name is in the files only
+        if module in transposed:
             delta = delta.T
     _check_shape(module, delta, base)
     return (base.float() + delta).to(base.dtype)

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,15 +27,18 @@ def write_merged_model(
     merged = with_adapter(base, adapter).merge_and_unload()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         merged.save_pretrained(folder)  # under the names that files have
-        names = base_names(shards)
         of_merged = shards_of(Path(folder))
-        if base_names(of_merged) <= names:
+        if base_names(of_merged) <= base_names(shards):
             copy_model_files(source, target)
-            new = {name: shard for shard in of_merged for name in base_names([shard])}
-            for shard in shards:
-                rewrite(
-                    shard, target, lambda name, tensor: tensor_of(new[name], name, tensor) if name in new else tensor
-                )
+            with ExitStack() as stack:
+                files = [stack.enter_context(safe_open(shard, framework="pt")) for shard in of_merged]
+                file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+                def changed(name: str, base: Tensor) -> Tensor:
+                    return merged_or_base(file_of[name].get_tensor(name), base) if name in file_of else base
+
+                for shard in shards:
+                    rewrite(shard, target, changed)
         else:  # other names than the base's, as an older version wrote it
             shutil.copytree(folder, target, dirs_exist_ok=True)
             copy_files(source, companions(source), target)
@@ -63,8 +67,6 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return adapted
 
 
-def tensor_of(shard: Path, name: str, base: Tensor) -> Tensor:
-    """The merged tensor in the dtype of `base`; or `base`, where merging changed nothing, even if loading has rounded it."""
-    with safe_open(shard, framework="pt") as file:
-        merged = file.get_tensor(name)
+def merged_or_base(merged: Tensor, base: Tensor) -> Tensor:
+    """`merged` in the dtype of `base`; or `base`, where merging changed nothing, even if loading has rounded it."""
     return base if torch.equal(base.to(merged.dtype), merged) else merged.to(base.dtype)

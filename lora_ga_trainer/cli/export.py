@@ -59,13 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         from ..checkpoint.exporting import export
 
         rows = load_rows(arguments)
-        if rows is not None:
-            check_measurable(arguments)
+        base = None if rows is None else measurable_base(arguments)  # before anything is written
         lost = export(
             arguments.checkpoint_dir, arguments.out, arguments.merge,
             base_model=arguments.base_model, rank=arguments.rank, fold_scale=arguments.fold_scale,
         )  # fmt: skip
-        found = None if rows is None else measure(arguments, rows)
+        found = None if base is None else measure(base, arguments, rows)
     if lost or found:
         from ..inspection.exported import table
 
@@ -91,21 +90,25 @@ def load_rows(arguments: ExportArguments) -> Any:
     return rows.select(range(min(arguments.num_samples, len(rows))))
 
 
-def check_measurable(arguments: ExportArguments) -> None:
-    """Before anything is written."""
+def measurable_base(arguments: ExportArguments) -> Path:
+    """The folder of the base.
+
+    Raises:
+        ValueError: it is not found, or what an export of this adapter loses is not measured.
+    """
     from ..checkpoint.exporting import base_of
     from ..inspection.exported import check_measurable
 
     trained = Path(arguments.checkpoint_dir)
-    check_measurable(base_of(trained, arguments.base_model), trained)
+    base = base_of(trained, arguments.base_model)
+    check_measurable(base, trained)
+    return base
 
 
-def measure(arguments: ExportArguments, rows: Any) -> "OnData":
-    from ..checkpoint.exporting import base_of
+def measure(base: Path, arguments: ExportArguments, rows: Any) -> "OnData":
     from ..inspection.exported import measure
 
     trained, exported = Path(arguments.checkpoint_dir), Path(arguments.out)
-    base = base_of(trained, arguments.base_model)
     return measure(base, trained, exported, rows, arguments.max_length, arguments.batch_size)
 
 
