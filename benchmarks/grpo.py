@@ -6,18 +6,13 @@ SmolLM2-135M continues "1 + 2 = 3, 5 + 3 = 8, 7 + 6 =" with sums up to 20 + 20, 
 Each step takes 8 completions of each of 4 prompts. η_f is the rate of full fine-tuning that LoRA-GA's first step is matched to.
 """
 
-from argparse import ArgumentParser
 from typing import Any
 
 from measuring.results import PLOTS, Results, markdown_table
+from sweeps.beside_lora import all_settings, arguments, cells, label
 from sweeps.rewards import run
 
 RUNS = Results("grpo")
-
-
-def label(settings: dict[str, Any]) -> str:
-    eta = settings["full_learning_rate"]
-    return settings["method"] if eta is None else f"{settings['method']}, η_f {eta:g}"
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
@@ -42,23 +37,13 @@ def draw(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    args = parser.parse_args()
-    arms = [("LoRA", None), ("LoRA-GA", 1e-6), ("LoRA-GA", 5e-5)]
+    args = arguments(__doc__.splitlines()[0], steps=30)
     rows, runs = [], []
-    for seed in args.seeds:
-        for rate in args.rates:
-            for method, eta in arms:
-                settings = {
-                    "method": method, "learning_rate": rate, "full_learning_rate": eta, "steps": args.steps, "seed": seed,
-                }  # fmt: skip
-                found = RUNS.measure(settings, lambda settings=settings: run(settings))
-                runs.append(found)
-                means = sum(found["rewards"][:5]) / 5, sum(found["rewards"][-10:]) / 10
-                rows.append([label(settings), f"{rate:g}", str(seed), *(f"{mean:.3f}" for mean in means)])
+    for settings in all_settings(args):
+        found = RUNS.measure(settings, lambda settings=settings: run(settings))
+        runs.append(found)
+        means = sum(found["rewards"][:5]) / 5, sum(found["rewards"][-10:]) / 10
+        rows.append([*cells(settings), *(f"{mean:.3f}" for mean in means)])
     print(markdown_table(["method", "rate", "seed", "reward, first 5 steps", "last 10"], rows))
     draw([found for found in runs if found["settings"]["seed"] == args.seeds[0]])
 

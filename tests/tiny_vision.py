@@ -300,28 +300,25 @@ def paligemma():
     return PaliGemmaForConditionalGeneration(config), processor
 
 
-def idefics3():
+def idefics3_parts(config_class: type, images_class: type) -> tuple[PreTrainedTokenizerFast, Any, Any]:
+    """(tokenizer, configuration, processor of pictures) of Idefics 3 or SmolVLM, which has its design."""
     tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
-    config = Idefics3Config(
+    config = config_class(
         text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)}, vision_config=TOWER, scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
     )  # fmt: skip
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
-    )
+    images = images_class(size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False)
+    return tokenizer, config, images
+
+
+def idefics3():
+    tokenizer, config, images = idefics3_parts(Idefics3Config, Idefics3ImageProcessorPil)
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=template("<image>"))
     return Idefics3ForConditionalGeneration(config), processor
 
 
 def smolvlm():
-    tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
-    config = SmolVLMConfig(
-        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)}, vision_config=TOWER, scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
-    )  # fmt: skip
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
-    )
+    tokenizer, config, images = idefics3_parts(SmolVLMConfig, SmolVLMImageProcessorPil)
 
     class WithoutVideos(SmolVLMProcessor):
         """As above."""

@@ -7,11 +7,11 @@ from typing import Any
 import metamath
 from datasets import Dataset
 from finetuning.run import parse
-from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 from trl import DPOTrainer
 
 from lora_ga_trainer import LoRAGADPOConfig, LoRAGADPOTrainer
+from sweeps.beside_lora import adapter, options
 
 TOKENS, BATCH = 128, 4
 
@@ -33,24 +33,15 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     recipe, seed = metamath.RECIPE, settings["seed"]
     argv = f"--train_size {BATCH * settings['steps']} --eval_size 96 --max_length {TOKENS} --seed {seed} --use_cpu true"
     model = recipe.demo_model()
-    options = parse(recipe, [*argv.split(), "--output_dir", "outputs/dpo"])
-    train, held_out = recipe.datasets(options, AutoTokenizer.from_pretrained(model))
+    parsed = parse(recipe, [*argv.split(), "--output_dir", "outputs/dpo"])
+    train, held_out = recipe.datasets(parsed, AutoTokenizer.from_pretrained(model))
     args = LoRAGADPOConfig(
         "outputs/dpo",
-        learning_rate=settings["learning_rate"],
-        max_steps=settings["steps"],
-        seed=seed,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=24,
         lr_scheduler_type="cosine",
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        report_to="none",
         ga_num_samples=64,
-        ga_full_learning_rate=settings["full_learning_rate"] or 5e-5,
+        **options(settings),
     )
     set_seed(seed)
     trainer = (LoRAGADPOTrainer if settings["method"] == "LoRA-GA" else DPOTrainer)(
@@ -58,13 +49,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         args=args,
         train_dataset=with_one_number_wrong(train, seed),
         eval_dataset=with_one_number_wrong(held_out, seed),
-        peft_config=LoraConfig(
-            r=8,
-            lora_alpha=16,
-            use_rslora=settings["method"] != "LoRA",
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapter(settings),
     )
     trainer.train()
     found = trainer.evaluate()

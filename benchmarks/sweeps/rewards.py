@@ -6,11 +6,11 @@ from typing import Any
 
 import metamath
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOTrainer
 
 from lora_ga_trainer import LoRAGAGRPOConfig, LoRAGAGRPOTrainer
+from sweeps.beside_lora import adapter, options
 
 PROMPTS = 400
 
@@ -30,23 +30,14 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     is_ga = settings["method"] == "LoRA-GA"
     args = LoRAGAGRPOConfig(
         "outputs/grpo",
-        learning_rate=settings["learning_rate"],
-        max_steps=settings["steps"],
-        seed=settings["seed"],
         per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=True,
-        disable_tqdm=True,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
         ga_num_samples=128,
-        ga_full_learning_rate=settings["full_learning_rate"] or 5e-5,
+        **options(settings),
     )
     set_seed(settings["seed"])
     trainer = (LoRAGAGRPOTrainer if is_ga else GRPOTrainer)(
@@ -54,13 +45,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         is_right,
         args,
         train_dataset=sums(settings["seed"]),
-        peft_config=LoraConfig(
-            r=8,
-            lora_alpha=16,
-            use_rslora=settings["method"] != "LoRA",
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapter(settings),
     )
     trainer.train()
     log = trainer.state.log_history
